@@ -175,6 +175,9 @@ struct tb_result {
     float *prompt_logprobs; /* [P], NaN = not computed; NULL if not asked for */
     int32_t *topk_prompt_ids; /* [P, topk_prompt_logprobs]; empty cells: id 0, logprob -99999 */
     float *topk_prompt_logprobs;
+    float *target_prompt_logprobs; /* dense, [P-1, K] of the request; 0 in -1 cells; NULL if not asked */
+    int32_t *alt_tokens;           /* [P-1, prompt_alt_tokens_k] or NULL */
+    float *alt_logprobs;
     int32_t prompt_cache_hit_tokens;
     /* model and weights ops */
     const char *model_id;
