@@ -1,0 +1,79 @@
+/*
+ * tokenizer.json, byte-level BPE (Qwen, Llama-3, gpt-oss): the decoding half. Every token is a
+ * fixed run of bytes, so text is the concatenation of its tokens' bytes and stop strings are
+ * searched in bytes.
+ *
+ * struct tb_tokenizer is immutable after tb_tokenizer_create: any number of threads may read it.
+ * Its owner destroys it after the last reader. struct tb_stop_set is immutable too and is shared by
+ * the samples of one request; struct tb_stop_matcher belongs to one sample and one thread at a
+ * time.
+ *
+ * A model folder need not have a tokenizer.json: then there is no tb_tokenizer, token stops work,
+ * and a stop string is the user's error.
+ */
+#ifndef TB_TOKENIZER_TOKENIZER_H
+#define TB_TOKENIZER_TOKENIZER_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "util/error.h"
+#include "util/span.h"
+
+struct tb_tokenizer;
+
+/* Reads <dir>/tokenizer.json, and tokenizer_config.json beside it for eos_token when there is one.
+ * TB_ENOTFOUND when the folder has no tokenizer.json; TB_ECORRUPT for a file that is not JSON or
+ * whose keys are wrong, TB_EUNSUPPORTED for a tokenizer kind that is not served; the message names
+ * file and key. */
+int tb_tokenizer_create(const char *dir, struct tb_tokenizer **out, struct tb_error *e);
+/* The same from the text of a tokenizer.json; name is what error messages call it. */
+int tb_tokenizer_create_from_json(const char *name, struct tb_span json, struct tb_tokenizer **out,
+                                  struct tb_error *e);
+void tb_tokenizer_destroy(struct tb_tokenizer *t); /* accepts NULL */
+
+/* One more than the highest token id, added tokens included. The model's vocab_size may be larger
+ * (padding rows) and ids in between may be unused. */
+int32_t tb_tokenizer_vocab_size(const struct tb_tokenizer *t);
+/* The token's bytes, borrowed from t; an added token's are its content. Special tokens are
+ * rendered, not skipped. TB_ENOTFOUND (and an empty span) for an id that has no token. */
+int tb_tokenizer_token_bytes(const struct tb_tokenizer *t, int32_t id, struct tb_span *out);
+/* True for an added token marked special. */
+bool tb_tokenizer_is_special(const struct tb_tokenizer *t, int32_t id);
+/* The id of the added token with this content, or -1. */
+int32_t tb_tokenizer_added_id(const struct tb_tokenizer *t, struct tb_span content);
+/* eos_token of tokenizer_config.json as an id, or -1. */
+int32_t tb_tokenizer_eos_id(const struct tb_tokenizer *t);
+
+/* The end of a run of bytes that is an incomplete UTF-8 sequence (0 to 3 bytes): what a stream of
+ * text holds back until the next token. An invalid tail is not held back. */
+size_t tb_utf8_incomplete_tail(const char *p, size_t n);
+
+struct tb_stop_set; /* the stop strings of one request, copied */
+
+/* stops may be empty. TB_EINVAL for an empty string or a breach of TB_MAX_STOPS, TB_MAX_STOP_BYTES.
+ * t is the model's tokenizer or NULL; stop strings without one are refused with TB_EINVAL. t must
+ * outlive the set. */
+int tb_stop_set_create(const struct tb_tokenizer *t, const struct tb_span *stops, size_t n_stops,
+                       struct tb_stop_set **out, struct tb_error *e);
+void tb_stop_set_destroy(struct tb_stop_set *s); /* accepts NULL */
+size_t tb_stop_set_count(const struct tb_stop_set *s);
+
+struct tb_stop_matcher {
+    const struct tb_stop_set *set; /* borrowed; NULL matches nothing */
+    char *tail;                    /* the last (longest stop - 1) bytes that were fed */
+    size_t n_tail;
+    uint64_t n_seen; /* bytes fed in all */
+    int hit;         /* index of the stop that was found first, -1 if none */
+    uint64_t hit_at; /* offset in the fed text at which that stop begins */
+};
+
+void tb_stop_matcher_init(struct tb_stop_matcher *m, const struct tb_stop_set *set);
+void tb_stop_matcher_fini(struct tb_stop_matcher *m); /* accepts a zeroed matcher */
+/* Appends the bytes of one sampled token (an unknown id has none). True once a stop string has been
+ * completed; hit and hit_at then tell which (the one that ends first; of those, the longest). */
+bool tb_stop_matcher_feed(struct tb_stop_matcher *m, int32_t id);
+bool tb_stop_matcher_feed_bytes(struct tb_stop_matcher *m, const char *p, size_t n);
+
+#endif
