@@ -1,0 +1,159 @@
+/*
+ * The CPU backend's life: which instruction set serves, memory, the table of functions.
+ *
+ * Owner: see cpu.h. Thread: create and destroy on any one thread.
+ */
+#include "backend/cpu/cpu.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+float tb_f16_to_f32(uint16_t h)
+{
+    uint32_t sign = (uint32_t)(h & 0x8000u) << 16, e = (h >> 10) & 31u, m = h & 0x3ffu, u;
+    float f;
+    if (e == 31) {
+        u = sign | 0x7f800000u | (m << 13);
+    } else if (e != 0) {
+        u = sign | ((e + 112u) << 23) | (m << 13);
+    } else {
+        f = (float)m * 0x1.0p-24f;
+        return sign ? -f : f;
+    }
+    memcpy(&f, &u, 4);
+    return f;
+}
+
+/* ---- memory */
+
+void *tb_cpu_alloc(size_t bytes)
+{
+    void *p = NULL;
+    size_t align = bytes >= ((size_t)4 << 20) ? (size_t)2 << 20 : 64;
+    if (bytes > SIZE_MAX - align) return NULL;
+    bytes = (bytes + 63) & ~(size_t)63;
+    if (posix_memalign(&p, align, bytes ? bytes : 64) != 0) return NULL;
+    if (align > 64) (void)madvise(p, bytes, MADV_HUGEPAGE); /* a hint: 4 KiB pages serve too */
+    return p;
+}
+
+void tb_cpu_free(void *p)
+{
+    free(p);
+}
+
+static void *cpu_alloc(struct tb_backend *be, size_t bytes)
+{
+    return tb_cpu_alloc(bytes);
+}
+
+static void cpu_free(struct tb_backend *be, void *p, size_t bytes)
+{
+    tb_cpu_free(p);
+}
+
+static void cpu_copy(struct tb_backend *be, void *dst, const void *src, size_t bytes)
+{
+    if (bytes) memmove(dst, src, bytes);
+}
+
+static void cpu_zero(struct tb_backend *be, void *dst, size_t bytes)
+{
+    if (bytes) memset(dst, 0, bytes);
+}
+
+static int cpu_sync(struct tb_backend *be, struct tb_error *err)
+{
+    return 0;
+}
+
+void tb_cpu_memory_ops(struct tb_backend_ops *o)
+{
+    o->alloc = cpu_alloc;
+    o->free = cpu_free;
+    o->upload = cpu_copy;
+    o->download = cpu_copy;
+    o->copy = cpu_copy;
+    o->zero = cpu_zero;
+    o->sync = cpu_sync;
+}
+
+/* ---- instruction set */
+
+static const char *const isa_names[] = {"plain", "avx2", "avx512", "avx512_bf16"};
+
+static int isa_best(void)
+{
+    return TB_ISA_PLAIN;
+}
+
+static int isa_parse(const char *name, enum tb_isa *out, struct tb_error *err)
+{
+    int best = isa_best();
+    if (!name) {
+        *out = (enum tb_isa)best;
+        return 0;
+    }
+    for (int i = 0; i < 4; i++) {
+        if (strcmp(name, isa_names[i]) != 0) continue;
+        if (i > best) return tb_error_set(err, TB_EUNSUPPORTED, "this machine has no %s", name);
+        *out = (enum tb_isa)i;
+        return 0;
+    }
+    return tb_error_set(err, TB_EINVAL, "unknown instruction set '%s'", name);
+}
+
+bool tb_cpu_has_bf16(const char *isa)
+{
+    enum tb_isa got;
+    return isa_parse(isa, &got, NULL) == 0 && got == TB_ISA_AVX512_BF16;
+}
+
+/* ---- life */
+
+static void cpu_destroy(struct tb_backend *be)
+{
+    free(be);
+}
+
+static void cpu_describe(struct tb_backend *be, char *out, size_t n)
+{
+    struct tb_cpu *c = tb_cpu(be);
+    snprintf(out, n, "cpu %s, %s, %d thread%s", isa_names[c->isa],
+             be->act == TB_BF16 ? "bf16" : "f32", be->n_threads, be->n_threads == 1 ? "" : "s");
+}
+
+int tb_backend_cpu_create(struct tb_backend **out, const struct tb_backend_options *options,
+                          struct tb_error *err)
+{
+    enum tb_isa isa;
+    int rc = isa_parse(options ? options->isa : NULL, &isa, err);
+    *out = NULL;
+    if (rc) return rc;
+    enum tb_dtype act = options ? options->act : TB_F32;
+    if (act != TB_F32 && act != TB_BF16)
+        return tb_error_set(err, TB_EINVAL, "activations are bf16 or f32");
+    if (act == TB_BF16 && isa != TB_ISA_AVX512_BF16 && isa != TB_ISA_PLAIN)
+        return tb_error_set(err, TB_EUNSUPPORTED,
+                            "bf16 needs a CPU with AVX-512 BF16; use --dtype f32");
+    struct tb_cpu *c = calloc(1, sizeof(*c));
+    if (!c) return tb_error_set(err, TB_ENOMEM, "no memory for the CPU backend");
+    long cores = sysconf(_SC_NPROCESSORS_ONLN);
+    c->isa = isa;
+    c->be.act = act;
+    c->be.n_threads = options && options->n_threads > 0 ? options->n_threads : (int)cores;
+    if (c->be.n_threads < 1) c->be.n_threads = 1;
+    c->ops.name = "cpu";
+    c->ops.destroy = cpu_destroy;
+    c->ops.describe = cpu_describe;
+    tb_cpu_memory_ops(&c->ops);
+    tb_plain_product_ops(&c->ops);
+    tb_plain_elem_ops(&c->ops);
+    tb_plain_attn_ops(&c->ops);
+    tb_plain_head_ops(&c->ops);
+    c->be.ops = &c->ops;
+    *out = &c->be;
+    return 0;
+}

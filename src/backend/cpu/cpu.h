@@ -1,0 +1,77 @@
+/*
+ * The CPU backend's own types, shared by the files of backend/cpu/. Nothing outside includes it but
+ * its tests.
+ *
+ * Owner: struct tb_cpu is made by tb_backend_cpu_create and freed by ops->destroy. Thread: the
+ * caller's, one at a time; the team's workers run only inside a call.
+ */
+#ifndef TB_BACKEND_CPU_CPU_H
+#define TB_BACKEND_CPU_CPU_H
+
+#include <string.h>
+
+#include "backend/backend.h"
+
+struct tb_team;
+
+enum tb_isa { TB_ISA_PLAIN, TB_ISA_AVX2, TB_ISA_AVX512, TB_ISA_AVX512_BF16 };
+
+struct tb_cpu {
+    struct tb_backend be; /* first: the table's functions cast */
+    struct tb_backend_ops ops;
+    enum tb_isa isa;
+    struct tb_team *team;
+};
+
+static inline struct tb_cpu *tb_cpu(struct tb_backend *be)
+{
+    return (struct tb_cpu *)(void *)be;
+}
+
+/* bf16 <-> float32, round to nearest even; NaN stays NaN. */
+static inline float tb_bf16_to_f32(uint16_t h)
+{
+    uint32_t u = (uint32_t)h << 16;
+    float f;
+    memcpy(&f, &u, 4);
+    return f;
+}
+static inline uint16_t tb_f32_to_bf16(float f)
+{
+    uint32_t u;
+    memcpy(&u, &f, 4);
+    if ((u & 0x7fffffffu) > 0x7f800000u) return (uint16_t)((u >> 16) | 0x40u);
+    return (uint16_t)((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+}
+float tb_f16_to_f32(uint16_t h);
+
+/* Element i of an array of the given type, widened. */
+static inline float tb_load(enum tb_dtype t, const void *p, size_t i)
+{
+    if (t == TB_F32) return ((const float *)p)[i];
+    uint16_t h = ((const uint16_t *)p)[i];
+    return t == TB_BF16 ? tb_bf16_to_f32(h) : tb_f16_to_f32(h);
+}
+static inline void tb_store(enum tb_dtype t, void *p, size_t i, float f)
+{
+    if (t == TB_F32)
+        ((float *)p)[i] = f;
+    else
+        ((uint16_t *)p)[i] = tb_f32_to_bf16(f);
+}
+
+/* Tables of functions: each fills what it implements. */
+void tb_cpu_memory_ops(struct tb_backend_ops *o);
+void tb_plain_product_ops(struct tb_backend_ops *o);
+void tb_plain_elem_ops(struct tb_backend_ops *o);
+void tb_plain_attn_ops(struct tb_backend_ops *o);
+void tb_plain_head_ops(struct tb_backend_ops *o);
+
+/* Whether the instruction set of that name (NULL = the best here) has bf16 products. */
+bool tb_cpu_has_bf16(const char *isa);
+
+/* 64-byte aligned, huge pages for big blocks; NULL when there is none left. */
+void *tb_cpu_alloc(size_t bytes);
+void tb_cpu_free(void *p);
+
+#endif
