@@ -1,7 +1,7 @@
 /*
- * API: the routes of all faces on one port, authentication, and what faces share. A face is a folder with
- * a table of routes and the code that turns its JSON or protobuf into ops and results back. Faces never
- * call each other; a new face is one row in api.c's table of faces.
+ * API: the routes of all faces on one port, authentication, and what faces share. A face is a
+ * folder with a table of routes and the code that turns its JSON or protobuf into ops and results
+ * back. Faces never call each other; a new face is one row in api.c's table of faces.
  *
  * Thread: the loop's. Decoding of large bodies is moved to the uv pool by the face.
  */
@@ -19,9 +19,10 @@ struct tb_api;
 struct tb_api_options {
     const char *const *api_keys; /* accepted keys; n_api_keys == 0: any key, or none */
     int n_api_keys;
-    const char *public_url; /* base of absolute URLs, without trailing '/'; NULL: from the request */
-    bool loopback;          /* listening on loopback only: get_info may name local folders */
-    size_t max_body;        /* also the bound of an inflated body */
+    const char
+        *public_url; /* base of absolute URLs, without trailing '/'; NULL: from the request */
+    bool loopback;   /* listening on loopback only: get_info may name local folders */
+    size_t max_body; /* also the bound of an inflated body */
     const char *version;
 };
 
@@ -59,7 +60,8 @@ const struct tb_api_options *tb_api_options_get(const struct tb_api *a);
 uv_loop_t *tb_api_loop(struct tb_api *a);
 /* {"detail": T, "message": T, "category": C} with the status of err->code. */
 void tb_api_error(struct tb_http_request *req, const struct tb_error *err);
-/* --public-url, else X-Forwarded-Proto/Host, else Host; into the request's arena, without trailing '/'. */
+/* --public-url, else X-Forwarded-Proto/Host, else Host; into the request's arena, without trailing
+ * '/'. */
 const char *tb_api_base_url(struct tb_api *a, struct tb_http_request *req);
 
 #endif

@@ -1,22 +1,26 @@
 /*
- * Core: everything between the faces and the engine, on the loop's thread, without a lock: sessions and
- * their leases, live models with one queue each ordered by seq_id, sampling sessions, futures and those
- * who wait for them, dedupe, back-pressure.
+ * Core: everything between the faces and the engine, on the loop's thread, without a lock: sessions
+ * and their leases, live models with one queue each ordered by seq_id, sampling sessions, futures
+ * and those who wait for them, dedupe, back-pressure.
  *
  * The rules (contract: Tinker wire API):
- *  - A submit is answered at once with a request id; the result comes through the future of that id.
- *  - Training and weights ops of one model run strictly by seq_id, starting at 1 (number 0 is the creation);
- *    ids ahead of turn wait; a repeat of (model, seq_id) gets the same request id and its body is dropped.
- *    An op that failed consumed its number. seq_id -1 (oldest SDK): order of arrival, dedupe by the
- *    idempotency key. An op that ran is never run again.
- *  - asample's seq_ids are labels without order; repeats of (sampler, seq_id) get the same request id.
+ *  - A submit is answered at once with a request id; the result comes through the future of that
+ * id.
+ *  - Training and weights ops of one model run strictly by seq_id, starting at 1 (number 0 is the
+ * creation); ids ahead of turn wait; a repeat of (model, seq_id) gets the same request id and its
+ * body is dropped. An op that failed consumed its number. seq_id -1 (oldest SDK): order of arrival,
+ * dedupe by the idempotency key. An op that ran is never run again.
+ *  - asample's seq_ids are labels without order; repeats of (sampler, seq_id) get the same request
+ * id.
  *  - create_model and create-via-load are deduped by (session, model_seq_id); their model id is
  *    "{session}:train:{model_seq_id}"; ops may be submitted before the creation has finished.
- *  - Ephemeral sampler saves and create_sampling_session are deduped by (session, sampling_session_seq_id);
- *    the sampler id is "{session}:sample:{n}".
- *  - request ids are deterministic: "{model_id}:{seq_id}", "{sampler_id}:{seq_id}", "{model_id}:create".
+ *  - Ephemeral sampler saves and create_sampling_session are deduped by (session,
+ * sampling_session_seq_id); the sampler id is "{session}:sample:{n}".
+ *  - request ids are deterministic: "{model_id}:{seq_id}", "{sampler_id}:{seq_id}",
+ * "{model_id}:create".
  *
- * Thread: the loop's. Owner: strings in answers are core's and valid until the loop turns, unless said.
+ * Thread: the loop's. Owner: strings in answers are core's and valid until the loop turns, unless
+ * said.
  */
 #ifndef TB_CORE_CORE_H
 #define TB_CORE_CORE_H
@@ -45,8 +49,8 @@ int tb_core_create(struct tb_core **out, uv_loop_t *loop, struct tb_engine *engi
                    struct tb_store *store, const struct tb_core_options *o, struct tb_error *err);
 /* Answers all waiters with try_again so that connections can drain. */
 void tb_core_drain(struct tb_core *c);
-/* Stops timers and frees; engine and store must outlive the call and are closed by the server after cb.
- * Tasks still in the engine are canceled first. */
+/* Stops timers and frees; engine and store must outlive the call and are closed by the server after
+ * cb. Tasks still in the engine are canceled first. */
 void tb_core_close(struct tb_core *c, void (*cb)(void *arg), void *arg);
 
 /* ---- sessions */
@@ -59,14 +63,15 @@ int tb_core_create_session(struct tb_core *c, const struct tb_session_params *p,
                            struct tb_error *err);
 /* TB_EGONE when it ended or is unknown (a restart). Renews the lease. */
 int tb_core_heartbeat(struct tb_core *c, const char *session_id, struct tb_error *err);
-/* First reason wins; repeating is fine. Waiting ops fail, running ones finish; memory is freed. TB_ENOTFOUND
- * for a session never known. */
+/* First reason wins; repeating is fine. Waiting ops fail, running ones finish; memory is freed.
+ * TB_ENOTFOUND for a session never known. */
 int tb_core_finish_session(struct tb_core *c, const char *session_id, const char *reason,
                            const char *detail, struct tb_error *err);
 
-/* ---- submits. The op moves in every case (it is freed on error). Immediate errors are for what has no
- * place in an order: unknown session/model/sampler (TB_ENOTFOUND), unknown base model or rank at creation
- * (TB_EINVAL), TB_EBUSY when the queues hold too many bytes. Anything else wrong becomes a failed future. */
+/* ---- submits. The op moves in every case (it is freed on error). Immediate errors are for what
+ * has no place in an order: unknown session/model/sampler (TB_ENOTFOUND), unknown base model or
+ * rank at creation (TB_EINVAL), TB_EBUSY when the queues hold too many bytes. Anything else wrong
+ * becomes a failed future. */
 struct tb_ticket {
     const char *request_id;
     const char *model_id; /* creations: the model's id; else the op's, may be NULL */
@@ -85,21 +90,24 @@ enum tb_future_state {
 struct tb_waiter {
     struct tb_list node; /* core's */
     uint64_t deadline_ms;
-    /* Called once: with DONE/FAILED and the op (borrowed during the call; core keeps it for re-reads), or
-     * PENDING at the deadline (queue_state: "active", "paused_capacity", "paused_rate_limit"; reason may be
-     * NULL), or GONE/UNKNOWN. May be called from inside tb_core_wait. */
+    /* Called once: with DONE/FAILED and the op (borrowed during the call; core keeps it for
+     * re-reads), or PENDING at the deadline (queue_state: "active", "paused_capacity",
+     * "paused_rate_limit"; reason may be NULL), or GONE/UNKNOWN. May be called from inside
+     * tb_core_wait. */
     void (*cb)(struct tb_waiter *w, enum tb_future_state state, const struct tb_op *op,
                const char *queue_state, const char *reason);
     void *arg;
 };
 void tb_core_wait(struct tb_core *c, const char *request_id, size_t id_len, struct tb_waiter *w);
-void tb_core_unwait(struct tb_core *c, struct tb_waiter *w); /* the client went away; cb is not called */
+void tb_core_unwait(struct tb_core *c,
+                    struct tb_waiter *w); /* the client went away; cb is not called */
 /* The face delivered the payload whole: starts the result's ttl. */
 void tb_core_delivered(struct tb_core *c, const char *request_id, size_t id_len);
 
 /* ---- models and samplers */
 struct tb_model_answer {
-    const char *model_id, *base_model, *arch, *tokenizer_id, *optimizer; /* tokenizer_id NULL: name */
+    const char *model_id, *base_model, *arch, *tokenizer_id,
+        *optimizer; /* tokenizer_id NULL: name */
     struct tb_lora_config lora;
 };
 int tb_core_model_info(struct tb_core *c, const char *model_id, struct tb_model_answer *out,
@@ -110,7 +118,8 @@ struct tb_sampling_session_params {
     int64_t seq_id;
     const char *base_model, *model_path; /* exactly one */
 };
-/* cb once, maybe at once: sampler id, or an error (TB_ENOTFOUND unknown session/model/path, TB_EINVAL). */
+/* cb once, maybe at once: sampler id, or an error (TB_ENOTFOUND unknown session/model/path,
+ * TB_EINVAL). */
 typedef void (*tb_core_sampler_cb)(void *arg, const struct tb_error *err, const char *sampler_id);
 void tb_core_create_sampling_session(struct tb_core *c, const struct tb_sampling_session_params *p,
                                      tb_core_sampler_cb cb, void *arg);

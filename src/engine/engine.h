@@ -1,15 +1,16 @@
 /*
- * Engine: lanes that own base models and everything computed on them. A lane is an actor: a mailbox of
- * tasks and at most one uv_work_t in flight, whose work function drains the mailbox, plans steps across
- * tenants (a packed training pass, a sampling step, in turn), runs them, and posts each finished task to a
- * list; uv_async wakes the loop, which calls the tasks' callbacks.
+ * Engine: lanes that own base models and everything computed on them. A lane is an actor: a mailbox
+ * of tasks and at most one uv_work_t in flight, whose work function drains the mailbox, plans steps
+ * across tenants (a packed training pass, a sampling step, in turn), runs them, and posts each
+ * finished task to a list; uv_async wakes the loop, which calls the tasks' callbacks.
  *
- * A task is a small struct that core/ makes for an op (or a part of one: saving is export, then the store
- * writes). Adapters and published versions are named by ids that core/ chooses, so the loop never holds
- * a pointer into a lane.
+ * A task is a small struct that core/ makes for an op (or a part of one: saving is export, then the
+ * store writes). Adapters and published versions are named by ids that core/ chooses, so the loop
+ * never holds a pointer into a lane.
  *
- * Order: tasks on one adapter run in the order submitted. Tasks of different adapters, and samples, are
- * independent. Errors: task->op->error for tasks with an op, else task->error; a failed task changes nothing.
+ * Order: tasks on one adapter run in the order submitted. Tasks of different adapters, and samples,
+ * are independent. Errors: task->op->error for tasks with an op, else task->error; a failed task
+ * changes nothing.
  *
  * Thread: submit/cancel/close and all callbacks on the loop's thread.
  */
@@ -29,29 +30,31 @@
 struct tb_engine;
 
 enum tb_task_type {
-    TB_TASK_ADAPTER_CREATE,  /* adapter_id, lora → */
-    TB_TASK_ADAPTER_LOAD,    /* adapter_id, state, with_optimizer, create → (create: new adapter) */
-    TB_TASK_ADAPTER_FREE,    /* adapter_id */
-    TB_TASK_TRAIN,           /* adapter_id, op FORWARD | FORWARD_BACKWARD */
-    TB_TASK_OPTIM,           /* adapter_id, op OPTIM_STEP */
-    TB_TASK_EXPORT,          /* adapter_id, with_optimizer → state */
-    TB_TASK_PUBLISH,         /* adapter_id, version_id: the adapter's weights become that version */
-    TB_TASK_VERSION_LOAD,    /* version_id, state: a version from a checkpoint */
-    TB_TASK_VERSION_FREE,    /* version_id; samples in progress keep it alive */
-    TB_TASK_SAMPLE,          /* version_id (0 = base model), op SAMPLE */
+    TB_TASK_ADAPTER_CREATE, /* adapter_id, lora → */
+    TB_TASK_ADAPTER_LOAD, /* adapter_id, state, with_optimizer, create → (create: new adapter) */
+    TB_TASK_ADAPTER_FREE, /* adapter_id */
+    TB_TASK_TRAIN,        /* adapter_id, op FORWARD | FORWARD_BACKWARD */
+    TB_TASK_OPTIM,        /* adapter_id, op OPTIM_STEP */
+    TB_TASK_EXPORT,       /* adapter_id, with_optimizer → state */
+    TB_TASK_PUBLISH,      /* adapter_id, version_id: the adapter's weights become that version */
+    TB_TASK_VERSION_LOAD, /* version_id, state: a version from a checkpoint */
+    TB_TASK_VERSION_FREE, /* version_id; samples in progress keep it alive */
+    TB_TASK_SAMPLE,       /* version_id (0 = base model), op SAMPLE */
 };
 
 struct tb_task {
     struct tb_list node; /* engine's while submitted */
     enum tb_task_type type;
-    int model;           /* index of the base model, tb_engine_model_find */
+    int model; /* index of the base model, tb_engine_model_find */
     uint64_t adapter_id, version_id;
     struct tb_lora_config lora;
     bool with_optimizer, create;
-    struct tb_adapter_state *state; /* in: owned by the task, freed with it; out (EXPORT): taken by cb */
-    struct tb_op *op;               /* borrowed until the callback */
+    struct tb_adapter_state
+        *state;       /* in: owned by the task, freed with it; out (EXPORT): taken by cb */
+    struct tb_op *op; /* borrowed until the callback */
     struct tb_error error;
-    void (*cb)(struct tb_task *task); /* loop thread, exactly once; the task is the caller's again */
+    void (*cb)(
+        struct tb_task *task); /* loop thread, exactly once; the task is the caller's again */
     void *arg;
     /* engine's */
     bool canceled;
@@ -60,11 +63,11 @@ struct tb_task {
 };
 
 struct tb_task *tb_task_create(enum tb_task_type type);
-void tb_task_destroy(struct tb_task *t); /* frees state too; not the op */
+void tb_task_destroy(struct tb_task *t);           /* frees state too; not the op */
 struct tb_error *tb_task_error(struct tb_task *t); /* op's error or the task's own */
 
 struct tb_engine_model { /* one --model */
-    const char *name;      /* served name */
+    const char *name;    /* served name */
     const char *dir;
     const char *tokenizer; /* "tokenizer=ID" option or NULL */
 };
@@ -86,12 +89,12 @@ void tb_engine_close(struct tb_engine *e, void (*cb)(void *arg), void *arg);
 int tb_engine_n_models(const struct tb_engine *e);
 const struct tb_model_info *tb_engine_model_info(const struct tb_engine *e, int model);
 const char *tb_engine_model_tokenizer(const struct tb_engine *e, int model); /* option or NULL */
-int tb_engine_model_find(const struct tb_engine *e, const char *name); /* index or -1 */
-const char *tb_engine_describe(const struct tb_engine *e); /* backend line */
+int tb_engine_model_find(const struct tb_engine *e, const char *name);       /* index or -1 */
+const char *tb_engine_describe(const struct tb_engine *e);                   /* backend line */
 
 void tb_engine_submit(struct tb_engine *e, struct tb_task *task);
-/* Asks for an end: a waiting or running sample fails with TB_ECANCELED soon (its callback still comes).
- * Training tasks that have begun run on. */
+/* Asks for an end: a waiting or running sample fails with TB_ECANCELED soon (its callback still
+ * comes). Training tasks that have begun run on. */
 void tb_engine_cancel(struct tb_engine *e, struct tb_task *task);
 
 struct tb_engine_stats {

@@ -2,15 +2,15 @@
  * Model: a base model on a backend, LoRA adapters over it, and the two things one does with them:
  * training passes and sampling steps. What is written here is what engine/ and store/ use.
  *
- *   tb_model            base weights, config, tokenizer; immutable after load; shared by all adapters
- *   tb_adapter          a trainable LoRA: parameters, gradients, moments (flat float32 arrays)
- *   tb_adapter_version  an immutable published copy of an adapter's compute-dtype weights,
+ *   tb_model            base weights, config, tokenizer; immutable after load; shared by all
+ * adapters tb_adapter          a trainable LoRA: parameters, gradients, moments (flat float32
+ * arrays) tb_adapter_version  an immutable published copy of an adapter's compute-dtype weights,
  *                       reference-counted; what sampling uses (NULL = the base model)
  *   tb_seq              one sequence being sampled: its tokens, KV pages and random stream
  *
- * Thread: all calls on one model, its adapters, versions and sequences come from one thread at a time (the
- * lane's work function), except tb_model_load (any thread, once) and the getters of immutable facts
- * (tb_model_info), which any thread may use after load.
+ * Thread: all calls on one model, its adapters, versions and sequences come from one thread at a
+ * time (the lane's work function), except tb_model_load (any thread, once) and the getters of
+ * immutable facts (tb_model_info), which any thread may use after load.
  */
 #ifndef TB_MODEL_MODEL_H
 #define TB_MODEL_MODEL_H
@@ -31,40 +31,43 @@ struct tb_adapter_version;
 struct tb_seq;
 
 struct tb_model_options {
-    int max_rank;          /* 256 */
-    int max_context;       /* 0 = the config's max_position_embeddings */
-    size_t kv_bytes;       /* size of the KV page pool; 0 = a default from the model's shape */
-    size_t logits_bytes;   /* largest block of logits held at once; 0 = 64 MiB */
+    int max_rank;        /* 256 */
+    int max_context;     /* 0 = the config's max_position_embeddings */
+    size_t kv_bytes;     /* size of the KV page pool; 0 = a default from the model's shape */
+    size_t logits_bytes; /* largest block of logits held at once; 0 = 64 MiB */
 };
 
 struct tb_model_info {
-    const char *name;  /* the served name */
+    const char *name; /* the served name */
     const char *dir;
-    const char *arch;  /* "Qwen3ForCausalLM" */
-    int vocab;         /* rows of the head */
+    const char *arch; /* "Qwen3ForCausalLM" */
+    int vocab;        /* rows of the head */
     int hidden, n_layers, n_heads, n_kv_heads, head_dim, ffn;
     int max_context;
     int max_rank;
     int n_eos;
     const int32_t *eos; /* generation_config.json, else config.json, plus the tokenizer's */
     const struct tb_tokenizer *tokenizer; /* NULL when the folder has none */
-    size_t weight_bytes; /* memory held by base weights now */
+    size_t weight_bytes;                  /* memory held by base weights now */
     int kv_pages_total;
 };
 
-/* Loads a Hugging Face folder. A folder that cannot be served gives one line naming the key or tensor. */
+/* Loads a Hugging Face folder. A folder that cannot be served gives one line naming the key or
+ * tensor. */
 int tb_model_load(struct tb_model **out, struct tb_backend *be, const char *name, const char *dir,
                   const struct tb_model_options *options, struct tb_error *err);
-void tb_model_free(struct tb_model *m); /* accepts NULL; adapters, versions and sequences must be gone */
+void tb_model_free(
+    struct tb_model *m); /* accepts NULL; adapters, versions and sequences must be gone */
 const struct tb_model_info *tb_model_info(const struct tb_model *m);
 
 /* ---- adapters */
-/* A seeded fresh adapter: A ~ U(-1/sqrt(in), 1/sqrt(in)) by Philox keyed by (seed, tensor name), B = 0. */
+/* A seeded fresh adapter: A ~ U(-1/sqrt(in), 1/sqrt(in)) by Philox keyed by (seed, tensor name), B
+ * = 0. */
 int tb_adapter_create(struct tb_adapter **out, struct tb_model *m,
                       const struct tb_lora_config *config, struct tb_error *err);
-/* Makes an adapter from, or overwrites one with, a saved state; with_optimizer also restores m, v and step
- * (an error if the state has none), else they start at zero; gradients are cleared. A mismatch of rank,
- * flags or shapes is TB_EINVAL naming it, and changes nothing. */
+/* Makes an adapter from, or overwrites one with, a saved state; with_optimizer also restores m, v
+ * and step (an error if the state has none), else they start at zero; gradients are cleared. A
+ * mismatch of rank, flags or shapes is TB_EINVAL naming it, and changes nothing. */
 int tb_adapter_create_from(struct tb_adapter **out, struct tb_model *m,
                            const struct tb_adapter_state *s, bool with_optimizer,
                            struct tb_error *err);
@@ -78,7 +81,8 @@ const struct tb_lora_config *tb_adapter_config(const struct tb_adapter *a);
 size_t tb_adapter_bytes(const struct tb_adapter *a);
 int64_t tb_adapter_step(const struct tb_adapter *a);
 
-/* Publishes the current parameters; cheap (copy on write or one copy of the compute-dtype weights). */
+/* Publishes the current parameters; cheap (copy on write or one copy of the compute-dtype weights).
+ */
 int tb_adapter_publish(struct tb_adapter *a, struct tb_adapter_version **out, struct tb_error *err);
 /* A version straight from a saved state (sampling from a checkpoint). */
 int tb_version_create_from(struct tb_adapter_version **out, struct tb_model *m,
@@ -87,12 +91,13 @@ void tb_version_ref(struct tb_adapter_version *v);
 void tb_version_unref(struct tb_adapter_version *v); /* accepts NULL */
 
 /* ---- training. One packed pass over the forward / forward_backward ops of any number of adapters.
- * For each item: validates it (loss, inputs, shapes, token ids, finite numbers), computes the loss and
- * outputs into op->result (memory from op->arena) and, unless forward_only, adds the gradient of the summed
- * loss to the adapter's accumulated gradient. An item that fails has op->error set and leaves no trace in
- * the gradients; the others are not disturbed. Long batches are split into micro-batches inside.
- * The same adapter may appear in several items: they run in item order. Returns 0, or a negative code for a
- * failure of the whole pass (device lost), with every op->error set. */
+ * For each item: validates it (loss, inputs, shapes, token ids, finite numbers), computes the loss
+ * and outputs into op->result (memory from op->arena) and, unless forward_only, adds the gradient
+ * of the summed loss to the adapter's accumulated gradient. An item that fails has op->error set
+ * and leaves no trace in the gradients; the others are not disturbed. Long batches are split into
+ * micro-batches inside. The same adapter may appear in several items: they run in item order.
+ * Returns 0, or a negative code for a failure of the whole pass (device lost), with every op->error
+ * set. */
 struct tb_train_item {
     struct tb_adapter *adapter;
     struct tb_op *op; /* TB_OP_FORWARD or TB_OP_FORWARD_BACKWARD */
@@ -100,26 +105,27 @@ struct tb_train_item {
 int tb_model_train(struct tb_model *m, struct tb_train_item *items, int n_items,
                    struct tb_error *err);
 
-/* AdamW with clipping on the accumulated gradient; fills op->result.metrics or op->error (then p, m, v are
- * untouched). Clears the gradient. */
+/* AdamW with clipping on the accumulated gradient; fills op->result.metrics or op->error (then p,
+ * m, v are untouched). Clears the gradient. */
 void tb_adapter_optim_step(struct tb_adapter *a, struct tb_op *op);
 
-/* ---- sampling. An op TB_OP_SAMPLE becomes n_samples sequences that share their prompt. The op must
- * outlive its sequences; results gather in a tb_sampling and move to op->result at the end. */
+/* ---- sampling. An op TB_OP_SAMPLE becomes n_samples sequences that share their prompt. The op
+ * must outlive its sequences; results gather in a tb_sampling and move to op->result at the end. */
 struct tb_sampling; /* one sample op in progress */
 
-/* Validates op against the model (op->error and its code on failure; nothing is kept then). version NULL =
- * base model; a reference is taken. */
+/* Validates op against the model (op->error and its code on failure; nothing is kept then). version
+ * NULL = base model; a reference is taken. */
 int tb_sampling_create(struct tb_sampling **out, struct tb_model *m,
                        struct tb_adapter_version *version, struct tb_op *op);
 /* Frees pages and references. Result arrays already live in the op's arena. */
 void tb_sampling_destroy(struct tb_sampling *s);
-bool tb_sampling_done(const struct tb_sampling *s); /* op->result is complete, or op->error is set */
+bool tb_sampling_done(
+    const struct tb_sampling *s); /* op->result is complete, or op->error is set */
 
-/* One engine step over the given samplings (any mix of models' adapters): every running sequence advances
- * by one token, and prompts are prefilled by chunks of at most prefill_budget rows in all. Sequences for
- * which no KV pages are free wait (or are preempted and recomputed, to the same bits). n_rows receives the
- * rows computed; 0 means that nothing could run. */
+/* One engine step over the given samplings (any mix of models' adapters): every running sequence
+ * advances by one token, and prompts are prefilled by chunks of at most prefill_budget rows in all.
+ * Sequences for which no KV pages are free wait (or are preempted and recomputed, to the same
+ * bits). n_rows receives the rows computed; 0 means that nothing could run. */
 int tb_model_sample_step(struct tb_model *m, struct tb_sampling *const *s, int n,
                          int prefill_budget, int *n_rows, struct tb_error *err);
 

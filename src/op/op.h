@@ -1,11 +1,11 @@
 /*
- * Ops: what a client asks for, as plain data. A face decodes its JSON or protobuf into an op; core/ orders
- * it; engine/ runs it; its result goes back through a future to the face, which encodes it.
+ * Ops: what a client asks for, as plain data. A face decodes its JSON or protobuf into an op; core/
+ * orders it; engine/ runs it; its result goes back through a future to the face, which encodes it.
  *
- * An op owns an arena in which everything it points to lives (strings, tokens, tensors), so freeing the op
- * frees all. It names models, samplers and checkpoints by id, never by pointer, so that it has one
- * canonical encoding and can be journalled. It moves from owner to owner (face → core → engine → core) and
- * is never shared: whoever has it may change it, nobody else.
+ * An op owns an arena in which everything it points to lives (strings, tokens, tensors), so freeing
+ * the op frees all. It names models, samplers and checkpoints by id, never by pointer, so that it
+ * has one canonical encoding and can be journalled. It moves from owner to owner (face → core →
+ * engine → core) and is never shared: whoever has it may change it, nobody else.
  *
  * Thread: the owner's.
  */
@@ -44,7 +44,8 @@ struct tb_lora_config {
     bool train_attn, train_mlp, train_unembed;
 };
 
-struct tb_kv_text { /* metadata pair; value is JSON text for create_model, plain text for checkpoints */
+struct tb_kv_text { /* metadata pair; value is JSON text for create_model, plain text for
+                       checkpoints */
     const char *key, *value;
 };
 
@@ -105,17 +106,17 @@ struct tb_save_weights { /* the three saves */
     bool has_ttl;
     int64_t ttl_seconds;
     bool overwrite;
-    const char *user_metadata; /* JSON object text or NULL */
-    bool inflight;             /* kind == "inflight" */
+    const char *user_metadata;       /* JSON object text or NULL */
+    bool inflight;                   /* kind == "inflight" */
     int64_t sampling_session_seq_id; /* ephemeral only, else -1 */
 };
 
 struct tb_load_weights {
-    const char *path; /* tinker://run/kind/name */
-    bool optimizer;   /* restore moments too */
-    const char *base_model;      /* create-via-load only, may be NULL */
-    const char *optimizer_type;  /* NULL or "adamw"; only legal without `optimizer` */
-    const char *user_metadata;   /* create-via-load only */
+    const char *path;           /* tinker://run/kind/name */
+    bool optimizer;             /* restore moments too */
+    const char *base_model;     /* create-via-load only, may be NULL */
+    const char *optimizer_type; /* NULL or "adamw"; only legal without `optimizer` */
+    const char *user_metadata;  /* create-via-load only */
 };
 
 /* ---- sampling */
@@ -129,7 +130,8 @@ struct tb_sample {
     uint64_t seed; /* core/ fills it with entropy when the client gave none */
     float temperature, top_p;
     int32_t top_k; /* -1: off */
-    bool stop_given; /* false: stop at EOS; true and both lists empty: nothing stops, not even EOS */
+    bool
+        stop_given; /* false: stop at EOS; true and both lists empty: nothing stops, not even EOS */
     int32_t n_stop_tokens;
     const int32_t *stop_tokens;
     int32_t n_stop_strings;
@@ -149,7 +151,7 @@ struct tb_metric {
 };
 
 struct tb_output { /* of one datum */
-    int32_t n, k;   /* logprobs is [n] (k == 0) or [n, k] */
+    int32_t n, k;  /* logprobs is [n] (k == 0) or [n, k] */
     float *logprobs;
 };
 
@@ -158,7 +160,7 @@ struct tb_sequence {
     int32_t n;
     int32_t *tokens;
     float *logprobs;
-    int32_t *topk_ids;   /* [n, topk_sample_logprobs] or NULL */
+    int32_t *topk_ids; /* [n, topk_sample_logprobs] or NULL */
     float *topk_logprobs;
 };
 
@@ -172,10 +174,11 @@ struct tb_result {
     /* sample */
     int32_t n_sequences;
     struct tb_sequence *sequences;
-    float *prompt_logprobs; /* [P], NaN = not computed; NULL if not asked for */
+    float *prompt_logprobs;   /* [P], NaN = not computed; NULL if not asked for */
     int32_t *topk_prompt_ids; /* [P, topk_prompt_logprobs]; empty cells: id 0, logprob -99999 */
     float *topk_prompt_logprobs;
-    float *target_prompt_logprobs; /* dense, [P-1, K] of the request; 0 in -1 cells; NULL if not asked */
+    float *target_prompt_logprobs; /* dense, [P-1, K] of the request; 0 in -1 cells; NULL if not
+                                      asked */
     int32_t *alt_tokens;           /* [P-1, prompt_alt_tokens_k] or NULL */
     float *alt_logprobs;
     int32_t prompt_cache_hit_tokens;
@@ -192,11 +195,11 @@ struct tb_op {
     enum tb_op_type type;
 
     /* addressing; which are set depends on the type */
-    const char *session_id;  /* create_model, create-via-load, sample's session when known */
-    int64_t model_seq_id;    /* create_model, create-via-load; else -1 */
-    const char *model_id;    /* training and weights ops; create ops get it from core */
+    const char *session_id; /* create_model, create-via-load, sample's session when known */
+    int64_t model_seq_id;   /* create_model, create-via-load; else -1 */
+    const char *model_id;   /* training and weights ops; create ops get it from core */
     const char *sampling_session_id; /* sample */
-    int64_t seq_id;          /* training order or sample label; -1: none (0.1.5, arrival order) */
+    int64_t seq_id; /* training order or sample label; -1: none (0.1.5, arrival order) */
     const char *idempotency_key; /* X-Idempotency-Key or NULL */
 
     union {
@@ -208,9 +211,9 @@ struct tb_op {
         struct tb_sample sample;
     } u;
 
-    /* A decoder that knows the seq_id but found the rest invalid sets this instead of refusing the submit:
-     * the op takes its place in the order and its future fails with it. Also where the engine puts a
-     * failure. code == 0: none. */
+    /* A decoder that knows the seq_id but found the rest invalid sets this instead of refusing the
+     * submit: the op takes its place in the order and its future fails with it. Also where the
+     * engine puts a failure. code == 0: none. */
     struct tb_error error;
     struct tb_result result;
 

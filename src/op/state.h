@@ -1,11 +1,11 @@
 /*
- * Adapter state: a LoRA adapter's tensors in host memory, float32, in Tinker's names (numerics.md 3.4,
- * without the "base_model.model." prefix: "model.layers.0.self_attn.q_proj.lora_A.weight"). It is how
- * weights cross between engine/ and store/: the engine exports or imports it, the store writes or reads
- * checkpoint folders of it.
+ * Adapter state: a LoRA adapter's tensors in host memory, float32, in Tinker's names
+ * (numerics.md 3.4, without the "base_model.model." prefix:
+ * "model.layers.0.self_attn.q_proj.lora_A.weight"). It is how weights cross between engine/ and
+ * store/: the engine exports or imports it, the store writes or reads checkpoint folders of it.
  *
- * Owner: whoever holds the pointer (one owner, or reference-counted by the holder's own means). Immutable
- * once filled. Thread: any, one at a time.
+ * Owner: whoever holds the pointer (one owner, or reference-counted by the holder's own means).
+ * Immutable once filled. Thread: any, one at a time.
  */
 #ifndef TB_OP_STATE_H
 #define TB_OP_STATE_H
@@ -21,14 +21,14 @@ struct tb_state_tensor {
 };
 
 struct tb_adapter_state {
-    struct tb_arena arena; /* names, the tensor table */
-    const char *base_model; /* the served name */
+    struct tb_arena arena;      /* names, the tensor table */
+    const char *base_model;     /* the served name */
     struct tb_lora_config lora; /* rank, alpha, flags, seed */
-    int64_t step;           /* optimizer steps done (t) */
+    int64_t step;               /* optimizer steps done (t) */
     int32_t n_tensors;
     struct tb_state_tensor *tensors; /* in the model's fixed order */
     int64_t n_floats;
-    float *p; /* [n_floats] parameters; tb_free */
+    float *p;     /* [n_floats] parameters; tb_free */
     float *m, *v; /* moments or NULL: saved without optimizer */
 };
 

@@ -1,19 +1,21 @@
 /*
  * Store: what survives a restart. SQLite (WAL) holds sessions, runs, samplers and checkpoint rows;
- * checkpoint folders hold the tensors. A checkpoint is written to a temporary folder, fsynced, renamed,
- * and only then gets its row, so that a crash never leaves a listed half-written checkpoint; leftovers are
- * swept at open.
+ * checkpoint folders hold the tensors. A checkpoint is written to a temporary folder, fsynced,
+ * renamed, and only then gets its row, so that a crash never leaves a listed half-written
+ * checkpoint; leftovers are swept at open.
  *
  *   DATA/tinkerbell.db
  *   DATA/tmp/                                        folders being written
- *   DATA/checkpoints/<run>/<kind>/<name>/            kind: weights, sampler_weights, external_weights
- *       adapter_model.safetensors  adapter_config.json   Tinker's key names; external: PEFT's
- *       optimizer.safetensors (exp_avg.*, exp_avg_sq.*)   weights saved with optimizer
- *       checkpoint.json                                  format version, rank, flags, seed, step, ...
+ *   DATA/checkpoints/<run>/<kind>/<name>/            kind: weights, sampler_weights,
+ * external_weights adapter_model.safetensors  adapter_config.json   Tinker's key names; external:
+ * PEFT's optimizer.safetensors (exp_avg.*, exp_avg_sq.*)   weights saved with optimizer
+ *       checkpoint.json                                  format version, rank, flags, seed, step,
+ * ...
  *
- * Thread: every call is made on the loop's thread and returns at once; the work runs as one uv_work_t at
- * a time per store (so SQLite has one writer and jobs keep their order), and the callback comes on the
- * loop's thread. Pointers given to a callback are valid during it only. Strings passed in are copied.
+ * Thread: every call is made on the loop's thread and returns at once; the work runs as one
+ * uv_work_t at a time per store (so SQLite has one writer and jobs keep their order), and the
+ * callback comes on the loop's thread. Pointers given to a callback are valid during it only.
+ * Strings passed in are copied.
  */
 #ifndef TB_STORE_STORE_H
 #define TB_STORE_STORE_H
@@ -28,11 +30,12 @@
 struct tb_store;
 
 enum tb_ckpt_kind { TB_CKPT_TRAINING, TB_CKPT_SAMPLER, TB_CKPT_EXTERNAL };
-const char *tb_ckpt_kind_dir(enum tb_ckpt_kind k);  /* "weights", "sampler_weights", "external_weights" */
+const char *
+tb_ckpt_kind_dir(enum tb_ckpt_kind k); /* "weights", "sampler_weights", "external_weights" */
 const char *tb_ckpt_kind_type(enum tb_ckpt_kind k); /* "training", "sampler", "external" */
 
-/* tinker://{run}/{kind}/{name}, exactly three parts. out spans point into text. TB_EINVAL with a message
- * that shows the text and the expected form. */
+/* tinker://{run}/{kind}/{name}, exactly three parts. out spans point into text. TB_EINVAL with a
+ * message that shows the text and the expected form. */
 struct tb_tinker_path {
     char run[264];
     enum tb_ckpt_kind kind;
@@ -43,8 +46,8 @@ int tb_tinker_path_parse(const char *text, size_t n, struct tb_tinker_path *out,
 /* A checkpoint's name: 1..TB_MAX_NAME of [A-Za-z0-9._-], not beginning with '.'. */
 int tb_ckpt_name_check(const char *name, struct tb_error *err);
 
-/* Opens or creates; sweeps DATA/tmp and rows without folder; blocking (start only). Refuses a folder that
- * another live process has open (lock file) with one clear line. */
+/* Opens or creates; sweeps DATA/tmp and rows without folder; blocking (start only). Refuses a
+ * folder that another live process has open (lock file) with one clear line. */
 int tb_store_open(struct tb_store **out, uv_loop_t *loop, const char *data_dir,
                   struct tb_error *err);
 /* Finishes queued jobs, then closes and calls cb. */
@@ -55,7 +58,7 @@ typedef void (*tb_store_done_cb)(void *arg, const struct tb_error *err); /* err-
 /* ---- sessions */
 struct tb_session_row {
     const char *id;
-    const char *tags_json, *user_metadata_json; /* "[]", "{}" */
+    const char *tags_json, *user_metadata_json;          /* "[]", "{}" */
     const char *sdk_version, *project_id, *display_name; /* may be NULL */
     int64_t created_us, last_seen_us;
     const char *status;        /* "active", "client_finished", "cancelled" */
@@ -78,7 +81,8 @@ struct tb_run_row {
     bool corrupted;
 };
 void tb_store_put_run(struct tb_store *s, const struct tb_run_row *row);
-void tb_store_touch_run(struct tb_store *s, const char *id, int64_t last_request_us); /* coalesced */
+void tb_store_touch_run(struct tb_store *s, const char *id,
+                        int64_t last_request_us); /* coalesced */
 
 /* ---- samplers (sampling sessions) */
 struct tb_sampler_row {
@@ -107,16 +111,17 @@ struct tb_ckpt_write {
     bool overwrite;
     int64_t ttl_seconds; /* 0 = never */
     const char *user_metadata_json;
-    bool tied_head;          /* for the PEFT export's names */
-    const char *model_dir;   /* base_model_name_or_path of the PEFT export */
+    bool tied_head;        /* for the PEFT export's names */
+    const char *model_dir; /* base_model_name_or_path of the PEFT export */
 };
 typedef void (*tb_store_ckpt_cb)(void *arg, const struct tb_error *err,
                                  const struct tb_ckpt_row *row);
-/* Writes state (ownership moves) as a checkpoint. TB_EEXIST when the name exists and not overwrite. */
+/* Writes state (ownership moves) as a checkpoint. TB_EEXIST when the name exists and not overwrite.
+ */
 void tb_store_write_ckpt(struct tb_store *s, const struct tb_ckpt_write *w,
                          struct tb_adapter_state *state, tb_store_ckpt_cb cb, void *arg);
-/* Reads a training or sampler checkpoint. The state's ownership moves to the callback. TB_ENOTFOUND names
- * the path (expired ones included); with_optimizer on a checkpoint without is TB_EINVAL. */
+/* Reads a training or sampler checkpoint. The state's ownership moves to the callback. TB_ENOTFOUND
+ * names the path (expired ones included); with_optimizer on a checkpoint without is TB_EINVAL. */
 typedef void (*tb_store_state_cb)(void *arg, const struct tb_error *err,
                                   const struct tb_ckpt_row *row, struct tb_adapter_state *state);
 void tb_store_read_ckpt(struct tb_store *s, const char *path, bool with_optimizer,
@@ -126,9 +131,10 @@ void tb_store_get_ckpt(struct tb_store *s, const char *path, tb_store_ckpt_cb cb
 void tb_store_delete_ckpt(struct tb_store *s, const char *path, tb_store_done_cb cb, void *arg);
 void tb_store_publish_ckpt(struct tb_store *s, const char *path, bool is_public,
                            tb_store_done_cb cb, void *arg);
-void tb_store_set_ckpt_ttl(struct tb_store *s, const char *path, int64_t ttl_seconds /* 0 = never */,
-                           tb_store_done_cb cb, void *arg);
-/* Folder of a checkpoint on disk; NULL-terminated into out; TB_ENOTFOUND is left to the caller's open. */
+void tb_store_set_ckpt_ttl(struct tb_store *s, const char *path,
+                           int64_t ttl_seconds /* 0 = never */, tb_store_done_cb cb, void *arg);
+/* Folder of a checkpoint on disk; NULL-terminated into out; TB_ENOTFOUND is left to the caller's
+ * open. */
 int tb_store_ckpt_dir(const struct tb_store *s, const char *path, char *out, size_t n,
                       struct tb_error *err);
 
@@ -142,10 +148,12 @@ struct tb_run_list {
     const struct tb_run_row *rows;
     const struct tb_ckpt_row *const *last_ckpt, *const *last_sampler; /* [n], entries may be NULL */
 };
-typedef void (*tb_store_runs_cb)(void *arg, const struct tb_error *err, const struct tb_run_list *l);
+typedef void (*tb_store_runs_cb)(void *arg, const struct tb_error *err,
+                                 const struct tb_run_list *l);
 void tb_store_list_runs(struct tb_store *s, int64_t offset, int64_t limit, tb_store_runs_cb cb,
                         void *arg);
-void tb_store_get_run(struct tb_store *s, const char *id, tb_store_runs_cb cb, void *arg); /* n = 0|1 */
+void tb_store_get_run(struct tb_store *s, const char *id, tb_store_runs_cb cb,
+                      void *arg); /* n = 0|1 */
 
 struct tb_ckpt_list {
     struct tb_page page;

@@ -1,0 +1,142 @@
+/*
+ * A lane's loop side: submit, wake-ups, callbacks, close. See lane.h for who owns what.
+ */
+#include "engine/lane.h"
+
+#include "util/log.h"
+#include "util/mem.h"
+
+static void lane_kick(struct tb_lane *l);
+
+/* Calls the callbacks of everything finished. A callback may submit more. */
+static void lane_flush(struct tb_lane *l)
+{
+    struct tb_list done;
+    tb_list_init(&done);
+    if (!tb_mailbox_drain(&l->outbox, &done)) return;
+    struct tb_list *n;
+    while ((n = tb_list_pop(&done))) {
+        struct tb_task *t = TB_LIST_ENTRY(n, struct tb_task, node);
+        atomic_fetch_add_explicit(&l->stats.tasks_done[t->type], 1, memory_order_relaxed);
+        t->cb(t);
+    }
+}
+
+static void lane_on_async(uv_async_t *a)
+{
+    struct tb_lane *l = a->data;
+    lane_flush(l);
+}
+
+static void lane_work_cb(uv_work_t *w)
+{
+    struct tb_lane *l = w->data;
+    uint64_t t0 = uv_hrtime();
+    lane_run(l);
+    atomic_fetch_add_explicit(&l->stats.busy_us, (uv_hrtime() - t0) / 1000, memory_order_relaxed);
+}
+
+static void lane_on_closed(uv_handle_t *h)
+{
+    struct tb_lane *l = h->data;
+    lane_flush(l);
+    lane_free_state(l);
+    for (int i = 0; i < l->n_models; i++)
+        tb_model_free(l->models[i]);
+    tb_free(l->models);
+    tb_free(l->sampling_scratch);
+    if (l->be) l->be->ops->destroy(l->be);
+    tb_mailbox_fini(&l->inbox);
+    tb_mailbox_fini(&l->outbox);
+    tb_map_fini(&l->adapters);
+    tb_map_fini(&l->versions);
+    void (*cb)(void *) = l->closed_cb;
+    void *arg = l->closed_arg;
+    tb_free(l);
+    if (cb) cb(arg);
+}
+
+static bool lane_inbox_empty(struct tb_lane *l)
+{
+    uv_mutex_lock(&l->inbox.lock);
+    bool empty = tb_list_empty(&l->inbox.list);
+    uv_mutex_unlock(&l->inbox.lock);
+    return empty;
+}
+
+static void lane_after_work(uv_work_t *w, int status)
+{
+    struct tb_lane *l = w->data;
+    l->working = false;
+    lane_flush(l);
+    if (l->working) return; /* a callback submitted and restarted the work */
+    if (!lane_inbox_empty(l)) {
+        lane_kick(l);
+        return;
+    }
+    if (atomic_load(&l->closing) && l->async_open) {
+        l->async_open = false;
+        uv_close((uv_handle_t *)&l->async, lane_on_closed);
+    }
+}
+
+static void lane_kick(struct tb_lane *l)
+{
+    if (l->working) return;
+    l->working = true;
+    int rc = uv_queue_work(l->loop, &l->work, lane_work_cb, lane_after_work);
+    TB_BUG_ON(rc != 0);
+}
+
+int lane_create(struct tb_lane **out, uv_loop_t *loop, struct tb_backend *be,
+                struct tb_model **models, int n_models, struct tb_error *err)
+{
+    struct tb_lane *l = tb_calloc(1, sizeof(*l));
+    int rc;
+    l->loop = loop;
+    l->work.data = l;
+    if ((rc = tb_mailbox_init(&l->inbox))) goto fail;
+    if ((rc = tb_mailbox_init(&l->outbox))) goto fail_inbox;
+    if ((rc = uv_async_init(loop, &l->async, lane_on_async))) goto fail_outbox;
+    l->async.data = l;
+    l->async_open = true;
+    tb_map_init(&l->adapters);
+    tb_map_init(&l->versions);
+    tb_list_init(&l->ready);
+    tb_list_init(&l->samples);
+    l->be = be;
+    l->models = models;
+    l->n_models = n_models;
+    *out = l;
+    return 0;
+
+fail_outbox:
+    tb_mailbox_fini(&l->outbox);
+fail_inbox:
+    tb_mailbox_fini(&l->inbox);
+fail:
+    tb_free(l);
+    return tb_error_set(err, rc, "cannot create an engine lane: %s", uv_strerror(rc));
+}
+
+void lane_submit(struct tb_lane *l, struct tb_task *t)
+{
+    TB_BUG_ON(!l->async_open);
+    t->submitted_ms = uv_hrtime() / 1000000;
+    atomic_fetch_add_explicit(&l->stats.waiting, 1, memory_order_relaxed);
+    tb_mailbox_post(&l->inbox, &t->node);
+    lane_kick(l);
+}
+
+void lane_post_done(struct tb_lane *l, struct tb_task *t)
+{
+    if (tb_mailbox_post(&l->outbox, &t->node)) uv_async_send(&l->async);
+}
+
+void lane_close(struct tb_lane *l, void (*cb)(void *arg), void *arg)
+{
+    l->closed_cb = cb;
+    l->closed_arg = arg;
+    atomic_store(&l->closing, true);
+    lane_kick(l); /* when work is in flight, lane_after_work sees closing */
+}

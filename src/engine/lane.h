@@ -1,0 +1,85 @@
+/*
+ * Lane: the actor that owns one backend, the base models on it, and every adapter, published
+ * version and sampling in progress. Private to engine/.
+ *
+ *   loop thread  ──post──▶ inbox ──drain──▶ worker (one uv_work_t at a time, lane_run)
+ *   loop thread  ◀─uv_async── outbox ◀──post── worker
+ *
+ * What is marked "worker" is touched only inside lane_run, or by the loop when no work is in flight
+ * at creation and close. Neither side waits for the other: the worker goes on while tasks arrive,
+ * and the loop answers while a step runs.
+ */
+#ifndef TB_ENGINE_LANE_H
+#define TB_ENGINE_LANE_H
+
+#include <stdatomic.h>
+
+#include "engine/engine.h"
+#include "util/mailbox.h"
+#include "util/map.h"
+
+/* One adapter and the tasks that wait for their turn on it. */
+struct lane_adapter {
+    struct tb_list node; /* lane->ready while it has tasks, in round-robin order */
+    uint64_t id;
+    int model;
+    struct tb_adapter *adapter; /* NULL until created */
+    struct tb_list tasks;       /* struct tb_task, in order */
+};
+
+struct lane_version {
+    uint64_t id;
+    int model;
+    struct tb_adapter_version *version;
+};
+
+struct lane_stats {
+    _Atomic uint64_t tasks_done[TB_TASK_SAMPLE + 1];
+    _Atomic uint64_t train_tokens, sample_rows, decode_tokens, steps, busy_us;
+    _Atomic uint64_t waiting, running;
+};
+
+struct tb_lane {
+    uv_loop_t *loop;
+    struct tb_backend *be;
+    struct tb_model **models;
+    int n_models;
+
+    /* loop */
+    uv_work_t work;
+    uv_async_t async;
+    bool working;
+    bool async_open;
+    void (*closed_cb)(void *arg);
+    void *closed_arg;
+
+    /* both */
+    struct tb_mailbox inbox, outbox;
+    _Atomic bool closing;
+    struct lane_stats stats;
+
+    /* worker */
+    struct tb_map adapters; /* id → lane_adapter */
+    struct tb_map versions; /* id → lane_version */
+    struct tb_list ready;   /* lane_adapter with tasks */
+    struct tb_list samples; /* struct tb_task in progress */
+    size_t n_samples;
+    struct tb_sampling **sampling_scratch; /* [sampling_cap] */
+    size_t sampling_cap;
+    uint64_t train_ns, sample_ns; /* time given to each kind while both wait; see lane_run */
+};
+
+/* lane.c: the loop's side. The models are moved in. */
+int lane_create(struct tb_lane **out, uv_loop_t *loop, struct tb_backend *be,
+                struct tb_model **models, int n_models, struct tb_error *err);
+void lane_submit(struct tb_lane *l, struct tb_task *t);
+void lane_close(struct tb_lane *l, void (*cb)(void *arg), void *arg);
+
+/* plan.c: the worker's side. Runs until nothing is left to do; on closing fails what waits. */
+void lane_run(struct tb_lane *l);
+/* Frees adapters, versions; no work may be in flight. */
+void lane_free_state(struct tb_lane *l);
+/* Hands a finished task back to the loop. */
+void lane_post_done(struct tb_lane *l, struct tb_task *t);
+
+#endif
