@@ -1,0 +1,360 @@
+/* The daemon's command line. See options.h. */
+#include "server/options.h"
+
+#include <ctype.h>
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "util/limits.h"
+#include "util/mem.h"
+
+/* ---- values */
+
+static int parse_u64(const char *name, const char *text, uint64_t min, uint64_t max, bool suffix,
+                     uint64_t *out, struct tb_error *err)
+{
+    char *end;
+    errno = 0;
+    unsigned long long v = strtoull(text, &end, 10);
+    uint64_t unit = 1;
+    if (!isdigit((unsigned char)text[0]) || errno) goto bad;
+    if (suffix && *end) {
+        switch (toupper((unsigned char)*end++)) {
+        case 'K': unit = 1ull << 10; break;
+        case 'M': unit = 1ull << 20; break;
+        case 'G': unit = 1ull << 30; break;
+        case 'T': unit = 1ull << 40; break;
+        default: goto bad;
+        }
+        if (*end == 'i') end++;
+        if (*end == 'B' || *end == 'b') end++;
+    }
+    if (*end || __builtin_mul_overflow(v, unit, &v) || v < min || v > max) goto bad;
+    *out = v;
+    return 0;
+bad:
+    return tb_error_set(err, TB_EINVAL, "%s %s: expected a whole number from %llu to %llu%s", name,
+                        text, (unsigned long long)min, (unsigned long long)max,
+                        suffix ? ", with K, M, G or T for a unit" : "");
+}
+
+static int parse_int(const char *name, const char *text, int min, int max, int *out,
+                     struct tb_error *err)
+{
+    uint64_t v;
+    int rc = parse_u64(name, text, (uint64_t)min, (uint64_t)max, false, &v, err);
+    if (!rc) *out = (int)v;
+    return rc;
+}
+
+static int parse_choice(const char *name, const char *text, const char *const *choices,
+                        const char **out, struct tb_error *err)
+{
+    for (int i = 0; choices[i]; i++) {
+        if (strcmp(choices[i], text) == 0) {
+            *out = choices[i];
+            return 0;
+        }
+    }
+    char list[128] = "";
+    for (int i = 0; choices[i]; i++) {
+        size_t n = strlen(list);
+        snprintf(list + n, sizeof(list) - n, "%s%s", i ? ", " : "", choices[i]);
+    }
+    return tb_error_set(err, TB_EINVAL, "%s %s: expected one of %s", name, text, list);
+}
+
+/* ---- options */
+
+static int set_model(struct tb_cli *c, const char *name, const char *text, struct tb_error *err)
+{
+    tb_options_t *o = &c->options;
+    if (o->n_models == TB_MAX_MODELS)
+        return tb_error_set(err, TB_EINVAL, "%s: at most %d models", name, TB_MAX_MODELS);
+    char *copy = tb_strdup(text); /* lives as long as the process */
+    char *dir = strchr(copy, '=');
+    if (!dir || dir == copy || !dir[1]) {
+        tb_free(copy);
+        return tb_error_set(err, TB_EINVAL, "%s %s: expected NAME=DIR[,tokenizer=ID]", name, text);
+    }
+    *dir++ = '\0';
+    tb_model_option_t *m = &o->models[o->n_models];
+    char *tokenizer = strstr(dir, ",tokenizer=");
+    if (tokenizer) {
+        *tokenizer = '\0';
+        m->tokenizer = tokenizer + strlen(",tokenizer=");
+        if (!m->tokenizer[0]) {
+            tb_free(copy);
+            return tb_error_set(err, TB_EINVAL, "%s %s: tokenizer= is empty", name, text);
+        }
+    }
+    m->name = copy;
+    m->dir = dir;
+    o->n_models++;
+    return 0;
+}
+
+static int set_listen(struct tb_cli *c, const char *name, const char *text, struct tb_error *err)
+{
+    const char *colon = strrchr(text, ':');
+    size_t n = colon ? (size_t)(colon - text) : 0;
+    if (!colon || n == 0 || n >= sizeof(c->host))
+        return tb_error_set(err, TB_EINVAL, "%s %s: expected HOST:PORT, as in 127.0.0.1:8000", name,
+                            text);
+    const char *host = text;
+    if (host[0] == '[' && host[n - 1] == ']') { /* [::1]:8000 */
+        host++;
+        n -= 2;
+    }
+    memcpy(c->host, host, n);
+    c->host[n] = '\0';
+    return parse_int(name, colon + 1, 0, 65535, &c->port, err);
+}
+
+static int set_key(struct tb_cli *c, const char *name, const char *text, struct tb_error *err)
+{
+    if (c->options.n_api_keys == TB_MAX_API_KEYS)
+        return tb_error_set(err, TB_EINVAL, "%s: at most %d keys", name, TB_MAX_API_KEYS);
+    if (strncmp(text, "tml-", 4) != 0 || !text[4])
+        return tb_error_set(err, TB_EINVAL,
+                            "%s: a key must begin with tml-, else the SDKs refuse to send it",
+                            name);
+    c->options.api_keys[c->options.n_api_keys++] = text;
+    return 0;
+}
+
+static int set_data(struct tb_cli *c, const char *name, const char *text, struct tb_error *err)
+{
+    c->options.data_dir = text;
+    return text[0] ? 0 : tb_error_set(err, TB_EINVAL, "%s: expected a folder", name);
+}
+
+static int set_backend(struct tb_cli *c, const char *name, const char *text, struct tb_error *err)
+{
+    static const char *const choices[] = {"auto", "cpu", "cuda", NULL};
+    return parse_choice(name, text, choices, &c->options.backend, err);
+}
+
+static int set_dtype(struct tb_cli *c, const char *name, const char *text, struct tb_error *err)
+{
+    static const char *const choices[] = {"auto", "bf16", "f32", NULL};
+    return parse_choice(name, text, choices, &c->options.dtype, err);
+}
+
+static int set_threads(struct tb_cli *c, const char *name, const char *text, struct tb_error *err)
+{
+    return parse_int(name, text, 1, 1024, &c->options.n_threads, err);
+}
+
+static int set_max_rank(struct tb_cli *c, const char *name, const char *text, struct tb_error *err)
+{
+    return parse_int(name, text, 1, 4096, &c->options.max_rank, err);
+}
+
+static int set_max_context(struct tb_cli *c, const char *name, const char *text,
+                           struct tb_error *err)
+{
+    return parse_int(name, text, 1, 1 << 24, &c->options.max_context, err);
+}
+
+static int set_memory(struct tb_cli *c, const char *name, const char *text, struct tb_error *err)
+{
+    return parse_u64(name, text, 1 << 20, 1ull << 50, true, &c->options.memory, err);
+}
+
+static int set_max_body(struct tb_cli *c, const char *name, const char *text, struct tb_error *err)
+{
+    return parse_u64(name, text, 1024, 1ull << 40, true, &c->options.max_body, err);
+}
+
+static int set_long_poll(struct tb_cli *c, const char *name, const char *text, struct tb_error *err)
+{
+    uint64_t s;
+    int rc = parse_u64(name, text, 1, 40, false, &s, err);
+    if (!rc) c->options.long_poll_ms = s * 1000;
+    return rc;
+}
+
+static int set_lease(struct tb_cli *c, const char *name, const char *text, struct tb_error *err)
+{
+    uint64_t s;
+    int rc = parse_u64(name, text, 1, 7 * 24 * 3600, false, &s, err);
+    if (!rc) c->options.session_lease_ms = s * 1000;
+    return rc;
+}
+
+static int set_public_url(struct tb_cli *c, const char *name, const char *text,
+                          struct tb_error *err)
+{
+    size_t n = strlen(text);
+    if ((strncmp(text, "http://", 7) != 0 && strncmp(text, "https://", 8) != 0) ||
+        text[n - 1] == '/')
+        return tb_error_set(err, TB_EINVAL,
+                            "%s %s: expected http://… or https://… without a final /", name, text);
+    c->options.public_url = text;
+    return 0;
+}
+
+static int set_log_level(struct tb_cli *c, const char *name, const char *text, struct tb_error *err)
+{
+    if (tb_log_level_parse(text, &c->log_level) == 0) return 0;
+    return tb_error_set(err, TB_EINVAL, "%s %s: expected one of error, warn, info, debug, trace",
+                        name, text);
+}
+
+static int set_no_auth(struct tb_cli *c, const char *name, const char *text, struct tb_error *err)
+{
+    c->no_auth = true;
+    return 0;
+}
+
+static const struct option_row {
+    const char *name, *value; /* value NULL: a switch */
+    int (*set)(struct tb_cli *c, const char *name, const char *text, struct tb_error *err);
+    const char *help;
+} option_rows[] = {
+    {"--model", "NAME=DIR[,tokenizer=ID]", set_model,
+     "serve the Hugging Face folder DIR under NAME; may be repeated. ID is what clients\n"
+     "are told to load as tokenizer (default: DIR on loopback, else NAME)"},
+    {"--listen", "HOST:PORT", set_listen,
+     "address to listen on (default 127.0.0.1:8000); port 0 takes a free one"},
+    {"--data", "DIR", set_data,
+     "metadata and checkpoints; created when missing (default ./tinkerbell-data)"},
+    {"--api-key", "KEY", set_key,
+     "accept this key (tml-…); may be repeated. Without one, any key is accepted on\n"
+     "loopback, and other addresses are refused"},
+    {"--no-auth", NULL, set_no_auth,
+     "listen beyond loopback without a key: behind a proxy that checks them"},
+    {"--backend", "auto|cpu|cuda", set_backend, "device (default auto)"},
+    {"--dtype", "auto|bf16|f32", set_dtype,
+     "type of weights and products (default auto: bf16 where the CPU has AVX-512 BF16,\n"
+     "else f32)"},
+    {"--threads", "N", set_threads, "computing threads (default: all cores)"},
+    {"--memory", "BYTES", set_memory, "memory to stay within, as 12G (default: what is there)"},
+    {"--max-rank", "N", set_max_rank, "largest LoRA rank (default 256)"},
+    {"--max-context", "N", set_max_context, "longest sequence (default: the model's own)"},
+    {"--max-body", "BYTES", set_max_body, "largest request body (default 256M)"},
+    {"--long-poll", "SECONDS", set_long_poll,
+     "how long retrieve_future waits before try_again (default 25, at most 40)"},
+    {"--session-lease", "SECONDS", set_lease,
+     "a session without heartbeat or work ends after this (default 600)"},
+    {"--public-url", "URL", set_public_url,
+     "base of absolute URLs in answers, behind a proxy (default: from the request)"},
+    {"--log-level", "LEVEL", set_log_level, "error, warn, info, debug or trace (default info)"},
+};
+
+static const struct option_row *find_option(const char *arg, size_t n)
+{
+    for (size_t i = 0; i < TB_ARRAY_LEN(option_rows); i++) {
+        if (strlen(option_rows[i].name) == n && memcmp(option_rows[i].name, arg, n) == 0)
+            return &option_rows[i];
+    }
+    return NULL;
+}
+
+bool tb_host_is_loopback(const char *host)
+{
+    return strncmp(host, "127.", 4) == 0 || strcmp(host, "::1") == 0 ||
+           strcmp(host, "localhost") == 0;
+}
+
+static int parse_serve(struct tb_cli *c, int argc, char **argv, struct tb_error *err)
+{
+    for (int i = 0; i < argc; i++) {
+        const char *arg = argv[i], *value = NULL;
+        if (strcmp(arg, "--help") == 0 || strcmp(arg, "-h") == 0) {
+            c->command = TB_COMMAND_HELP;
+            c->help_serve = true;
+            return 0;
+        }
+        const char *eq = strchr(arg, '=');
+        size_t n = strlen(arg);
+        if (strncmp(arg, "--", 2) == 0 && eq) {
+            n = (size_t)(eq - arg);
+            value = eq + 1;
+        }
+        const struct option_row *o = find_option(arg, n);
+        if (!o)
+            return tb_error_set(err, TB_EINVAL, "unknown option %s; see tinkerbell serve --help",
+                                arg);
+        if (!o->value && value) return tb_error_set(err, TB_EINVAL, "%s takes no value", o->name);
+        if (o->value && !value) {
+            if (++i == argc)
+                return tb_error_set(err, TB_EINVAL, "%s needs a value: %s", o->name, o->value);
+            value = argv[i];
+        }
+        int rc = o->set(c, o->name, value, err);
+        if (rc) return rc;
+    }
+    if (c->options.n_models == 0)
+        return tb_error_set(err, TB_EINVAL, "no model given; use --model NAME=DIR");
+    if (c->options.n_api_keys == 0 && !c->no_auth && !tb_host_is_loopback(c->host))
+        return tb_error_set(err, TB_EINVAL,
+                            "--listen %s without --api-key would serve everyone; give a key or "
+                            "--no-auth",
+                            c->host);
+    return 0;
+}
+
+int tb_cli_parse(struct tb_cli *c, int argc, char **argv, struct tb_error *err)
+{
+    memset(c, 0, sizeof(*c));
+    tb_options_init(&c->options);
+    snprintf(c->host, sizeof(c->host), "127.0.0.1");
+    c->port = 8000;
+    c->log_level = TB_LOG_INFO;
+    if (argc < 2) return tb_error_set(err, TB_EINVAL, "no command; see tinkerbell --help");
+    if (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0 ||
+        strcmp(argv[1], "help") == 0) {
+        c->command = TB_COMMAND_HELP;
+        return 0;
+    }
+    if (strcmp(argv[1], "--version") == 0 || strcmp(argv[1], "version") == 0) {
+        c->command = TB_COMMAND_VERSION;
+        return 0;
+    }
+    if (strcmp(argv[1], "serve") != 0)
+        return tb_error_set(err, TB_EINVAL, "unknown command %s; see tinkerbell --help", argv[1]);
+    c->command = TB_COMMAND_SERVE;
+    return parse_serve(c, argc - 2, argv + 2, err);
+}
+
+void tb_cli_help(FILE *f, bool serve)
+{
+    if (!serve) {
+        fputs("tinkerbell: the Tinker training API on your own machine, in one process\n\n"
+              "  tinkerbell serve --model NAME=DIR [options]   start the server\n"
+              "  tinkerbell serve --help                       its options\n"
+              "  tinkerbell --version\n\n"
+              "Try it on the demo model of the source tree:\n"
+              "  tinkerbell serve --model demo=examples/demo-model --listen 127.0.0.1:8000\n"
+              "and, in another terminal, any script that uses the tinker SDK:\n"
+              "  TINKER_BASE_URL=http://127.0.0.1:8000 TINKER_API_KEY=tml-local python script.py\n",
+              f);
+        return;
+    }
+    fputs(
+        "usage: tinkerbell serve --model NAME=DIR [options]\n\n"
+        "Serves LoRA training and sampling over the models given. When it can answer, it prints\n"
+        "  tinkerbell: listening on http://HOST:PORT\n"
+        "on standard output; its log goes to standard error. SIGTERM or SIGINT drains and exits 0\n"
+        "(a second one cuts connections); a bad option, model or data folder exits 2.\n\noptions:\n",
+        f);
+    for (size_t i = 0; i < TB_ARRAY_LEN(option_rows); i++) {
+        const struct option_row *o = &option_rows[i];
+        fprintf(f, "  %s %s\n", o->name, o->value ? o->value : "");
+        const char *line = o->help;
+        while (*line) {
+            size_t n = strcspn(line, "\n");
+            fprintf(f, "        %.*s\n", (int)n, line);
+            line += n + (line[n] == '\n');
+        }
+    }
+    fputs(
+        "\nexamples:\n"
+        "  tinkerbell serve --model demo=examples/demo-model --listen 127.0.0.1:0\n"
+        "  tinkerbell serve --model Qwen/Qwen3-0.6B=/models/Qwen3-0.6B,tokenizer=Qwen/Qwen3-0.6B \\\n"
+        "      --listen 0.0.0.0:8000 --api-key tml-secret --data /var/lib/tinkerbell\n",
+        f);
+}
