@@ -18,6 +18,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "util/buf.h"
 #include "util/error.h"
 #include "util/span.h"
 
@@ -49,6 +50,9 @@ int32_t tb_tokenizer_eos_id(const struct tb_tokenizer *t);
 /* The end of a run of bytes that is an incomplete UTF-8 sequence (0 to 3 bytes): what a stream of
  * text holds back until the next token. An invalid tail is not held back. */
 size_t tb_utf8_incomplete_tail(const char *p, size_t n);
+/* Appends p as valid UTF-8: every maximal invalid prefix becomes one U+FFFD. 0 or out's error code.
+ */
+int tb_utf8_append(struct tb_buf *out, const char *p, size_t n);
 
 struct tb_stop_set; /* the stop strings of one request, copied */
 
@@ -62,11 +66,10 @@ size_t tb_stop_set_count(const struct tb_stop_set *s);
 
 struct tb_stop_matcher {
     const struct tb_stop_set *set; /* borrowed; NULL matches nothing */
-    char *tail;                    /* the last (longest stop - 1) bytes that were fed */
-    size_t n_tail;
-    uint64_t n_seen; /* bytes fed in all */
-    int hit;         /* index of the stop that was found first, -1 if none */
-    uint64_t hit_at; /* offset in the fed text at which that stop begins */
+    uint32_t *state;               /* [stops] bytes of each stop that the end of the text matches */
+    uint64_t n_seen;               /* bytes fed in all */
+    int hit;                       /* index of the stop that was found first, -1 if none */
+    uint64_t hit_at;               /* offset in the fed text at which that stop begins */
 };
 
 void tb_stop_matcher_init(struct tb_stop_matcher *m, const struct tb_stop_set *set);
