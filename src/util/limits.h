@@ -18,6 +18,8 @@
 
 /* JSON and protobuf */
 #define TB_MAX_JSON_DEPTH 64
+#define TB_MAX_JSON_VALUES (16 << 20)    /* numbers, strings, ... of one document */
+#define TB_MAX_JSON_CONTAINERS (1 << 20) /* objects and arrays of one document */
 #define TB_MAX_DATA 65536             /* datums in one request */
 #define TB_MAX_DATUM_TOKENS (1 << 20) /* tokens of one datum, before the model's own limit */
 #define TB_MAX_TARGETS_K 4096         /* targets per position */
