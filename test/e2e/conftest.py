@@ -1,0 +1,81 @@
+"""What all end-to-end tests share. They drive a real server process, most of them with the unmodified Tinker SDK.
+
+    TB_DAEMON=build/src/server/tinkerbell python3 -m pytest test/e2e
+
+TB_DAEMON names the binary, so that sanitizer builds can be tested; `-m smoke` is the short tour for those.
+"""
+
+import os
+import sys
+
+import pytest
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+os.environ["TINKER_API_KEY"] = "tml-test"
+os.environ.setdefault("TINKER_TELEMETRY", "0")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import daemon as daemon_module  # noqa: E402
+from daemon import Daemon  # noqa: E402
+from random_model import make_model  # noqa: E402
+from tinker_raw import Raw  # noqa: E402
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "smoke: the short tour that sanitizer builds run too")
+    config.addinivalue_line("markers", "slow: waits for a time-out of the contract")
+
+
+def pytest_sessionstart(session):
+    if daemon_module.find_daemon() is None:
+        pytest.exit("no server to test: build it, or name it with TB_DAEMON", returncode=4)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A random Qwen3-like model of 320 tokens and 512 positions."""
+    return make_model(str(tmp_path_factory.mktemp("models") / "tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory):
+    return make_model(str(tmp_path_factory.mktemp("models") / "tiny-llama"), family="llama", tied=False, seed=2)
+
+
+@pytest.fixture(scope="session")
+def server(tiny, tiny_llama, tmp_path_factory):
+    """The server that most tests share, computing in float32. It must survive all of them and exit with 0."""
+    d = Daemon({"tiny": tiny, "tiny-llama": tiny_llama}, tmp_path_factory.mktemp("server") / "data")
+    d.start()
+    yield d
+    d.stop()
+
+
+@pytest.fixture
+def start(tmp_path, tiny):
+    """start(**options) gives a server of the test's own; all are stopped, and checked, at the end."""
+    started = []
+
+    def make(models=None, data=None, **options):
+        d = Daemon(models or {"tiny": tiny}, data or tmp_path / f"data{len(started)}", **options)
+        started.append(d)
+        return d.start()
+
+    yield make
+    for d in started:
+        d.stop()
+
+
+@pytest.fixture
+def raw(server):
+    with Raw(server.url) as client:
+        yield client
+
+
+@pytest.fixture
+def service(server):
+    """A ServiceClient of the real SDK with a session of its own."""
+    tinker = pytest.importorskip("tinker")
+    client = tinker.ServiceClient(base_url=server.url, user_metadata={"test": "e2e"})
+    yield client
+    client.close("success").result()
