@@ -180,8 +180,8 @@ static struct tb_task *head(const struct lane_adapter *a)
     return tb_list_empty(&a->tasks) ? NULL : TB_LIST_ENTRY(a->tasks.next, struct tb_task, node);
 }
 
-/* Runs the cheap tasks at the head of an adapter's queue. false: the adapter is gone. */
-static bool drain_small(struct tb_lane *l, struct lane_adapter *a, bool *did)
+/* Runs the cheap tasks at the head of an adapter's queue. */
+static void drain_small(struct tb_lane *l, struct lane_adapter *a, bool *did)
 {
     struct tb_task *t;
     while ((t = head(a)) && !is_train(t)) {
@@ -195,19 +195,22 @@ static bool drain_small(struct tb_lane *l, struct lane_adapter *a, bool *did)
             }
             adapter_forget(l, a);
             finish(l, t);
-            return false;
+            return;
         }
         run_small(l, a, t);
         finish(l, t);
     }
-    if (!t) {
+}
+
+/* Takes adapters without tasks off the ready list; one whose creation failed is forgotten. */
+static void prune_ready(struct tb_lane *l)
+{
+    TB_LIST_FOREACH_SAFE (it, next, &l->ready) {
+        struct lane_adapter *a = TB_LIST_ENTRY(it, struct lane_adapter, node);
+        if (head(a)) continue;
         tb_list_del(&a->node);
-        if (!a->adapter) { /* its creation failed; nothing can follow */
-            adapter_forget(l, a);
-            return false;
-        }
+        if (!a->adapter) adapter_forget(l, a);
     }
-    return true;
 }
 
 static uint64_t op_tokens(const struct tb_op *op)
@@ -225,6 +228,7 @@ static int plan_pass(struct tb_lane *l, struct tb_train_item *items, struct tb_t
 {
     int n = 0, model = -1;
     bool more = true;
+
     *n_tokens = 0;
     while (more && n < TRAIN_PASS_OPS) {
         more = false;
@@ -264,6 +268,7 @@ static bool train_turn(struct tb_lane *l)
         drain_small(l, TB_LIST_ENTRY(it, struct lane_adapter, node), &did);
     }
     int n = plan_pass(l, items, tasks, &n_tokens);
+    prune_ready(l);
     if (n == 0) return did;
 
     struct tb_error err = {0};
@@ -398,7 +403,7 @@ void lane_run(struct tb_lane *l)
             uv_mutex_lock(&l->inbox.lock);
             bool empty = tb_list_empty(&l->inbox.list);
             uv_mutex_unlock(&l->inbox.lock);
-            if (empty) return;
+            if (empty && tb_list_empty(&l->ready)) return;
         }
     }
 }

@@ -1,0 +1,195 @@
+/* See fake_model.h. */
+#include "fake_model.h"
+
+#include <string.h>
+#include <unistd.h>
+
+#include "util/mem.h"
+
+struct tb_model {
+    struct tb_model_info info;
+};
+struct tb_adapter {
+    int rank;
+};
+struct tb_adapter_version {
+    int refs;
+};
+struct tb_sampling {
+    struct tb_op *op;
+    struct tb_adapter_version *version;
+    int32_t done;
+};
+
+struct fake_event fake_events[FAKE_MAX_EVENTS];
+int fake_n_events;
+int fake_live_adapters, fake_live_versions, fake_live_samplings;
+unsigned fake_train_us, fake_sample_us;
+bool fake_fail_create;
+
+void fake_reset(void)
+{
+    fake_n_events = 0;
+    fake_train_us = fake_sample_us = 0;
+    fake_fail_create = false;
+}
+
+static void record(enum fake_event_kind kind, int n, int64_t first_seq)
+{
+    TB_BUG_ON(fake_n_events == FAKE_MAX_EVENTS);
+    fake_events[fake_n_events++] = (struct fake_event){kind, n, first_seq};
+}
+
+static void destroy(struct tb_backend *be)
+{
+    tb_free(be);
+}
+
+static void describe(struct tb_backend *be, char *out, size_t n)
+{
+    if (n) out[0] = '\0';
+}
+
+static const struct tb_backend_ops fake_ops = {
+    .name = "fake", .destroy = destroy, .describe = describe};
+
+int tb_backend_create(struct tb_backend **out, const char *name, const char *dtype,
+                      const struct tb_backend_options *options, struct tb_error *err)
+{
+    *out = tb_calloc(1, sizeof(**out));
+    (*out)->ops = &fake_ops;
+    return 0;
+}
+
+int tb_model_load(struct tb_model **out, struct tb_backend *be, const char *name, const char *dir,
+                  const struct tb_model_options *options, struct tb_error *err)
+{
+    if (strcmp(dir, "missing") == 0)
+        return tb_error_set(err, TB_ENOTFOUND, "%s: no such folder", dir);
+    *out = tb_calloc(1, sizeof(**out));
+    (*out)->info.name = tb_strdup(name);
+    (*out)->info.arch = "Fake";
+    return 0;
+}
+
+void tb_model_free(struct tb_model *m)
+{
+    if (!m) return;
+    tb_free((void *)(uintptr_t)m->info.name);
+    tb_free(m);
+}
+
+const struct tb_model_info *tb_model_info(const struct tb_model *m)
+{
+    return &m->info;
+}
+
+int tb_adapter_create(struct tb_adapter **out, struct tb_model *m,
+                      const struct tb_lora_config *config, struct tb_error *err)
+{
+    if (fake_fail_create) return tb_error_set(err, TB_ENOMEM, "no room");
+    *out = tb_calloc(1, sizeof(**out));
+    (*out)->rank = config->rank;
+    fake_live_adapters++;
+    return 0;
+}
+
+int tb_adapter_create_from(struct tb_adapter **out, struct tb_model *m,
+                           const struct tb_adapter_state *s, bool with_optimizer,
+                           struct tb_error *err)
+{
+    return tb_adapter_create(out, m, &s->lora, err);
+}
+
+int tb_adapter_restore(struct tb_adapter *a, const struct tb_adapter_state *s, bool with_optimizer,
+                       struct tb_error *err)
+{
+    return 0;
+}
+
+int tb_adapter_export(const struct tb_adapter *a, bool with_optimizer,
+                      struct tb_adapter_state **out, struct tb_error *err)
+{
+    *out = tb_adapter_state_create();
+    (*out)->lora.rank = a->rank;
+    record(FAKE_EXPORT, 1, 0);
+    return 0;
+}
+
+void tb_adapter_free(struct tb_adapter *a)
+{
+    if (!a) return;
+    fake_live_adapters--;
+    tb_free(a);
+}
+
+int tb_adapter_publish(struct tb_adapter *a, struct tb_adapter_version **out, struct tb_error *err)
+{
+    *out = tb_calloc(1, sizeof(**out));
+    (*out)->refs = 1;
+    fake_live_versions++;
+    record(FAKE_PUBLISH, 1, 0);
+    return 0;
+}
+
+int tb_version_create_from(struct tb_adapter_version **out, struct tb_model *m,
+                           const struct tb_adapter_state *s, struct tb_error *err)
+{
+    return tb_adapter_publish(NULL, out, err);
+}
+
+void tb_version_unref(struct tb_adapter_version *v)
+{
+    if (!v || --v->refs) return;
+    fake_live_versions--;
+    tb_free(v);
+}
+
+int tb_model_train(struct tb_model *m, struct tb_train_item *items, int n_items,
+                   struct tb_error *err)
+{
+    record(FAKE_TRAIN, n_items, items[0].op->seq_id);
+    if (fake_train_us) usleep(fake_train_us);
+    return 0;
+}
+
+void tb_adapter_optim_step(struct tb_adapter *a, struct tb_op *op)
+{
+    record(FAKE_OPTIM, 1, op->seq_id);
+}
+
+int tb_sampling_create(struct tb_sampling **out, struct tb_model *m,
+                       struct tb_adapter_version *version, struct tb_op *op)
+{
+    if (op->u.sample.max_tokens < 1)
+        return tb_error_set(&op->error, TB_EINVAL, "max_tokens %d", op->u.sample.max_tokens);
+    *out = tb_calloc(1, sizeof(**out));
+    (*out)->op = op;
+    (*out)->version = version;
+    if (version) version->refs++;
+    fake_live_samplings++;
+    return 0;
+}
+
+void tb_sampling_destroy(struct tb_sampling *s)
+{
+    tb_version_unref(s->version);
+    fake_live_samplings--;
+    tb_free(s);
+}
+
+bool tb_sampling_done(const struct tb_sampling *s)
+{
+    return s->done >= s->op->u.sample.max_tokens;
+}
+
+int tb_model_sample_step(struct tb_model *m, struct tb_sampling *const *s, int n,
+                         int prefill_budget, int *n_rows, struct tb_error *err)
+{
+    record(FAKE_SAMPLE_STEP, n, s[0]->op->seq_id);
+    for (int i = 0; i < n; i++)
+        s[i]->done++;
+    *n_rows = n;
+    if (fake_sample_us) usleep(fake_sample_us);
+    return 0;
+}

@@ -1,0 +1,300 @@
+/*
+ * The engine's planning over a model without numbers: order per adapter, packing across tenants,
+ * turns between training and sampling, cancellation, life cycle. Run under TSan this also checks
+ * the lane's hand-overs.
+ */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#include "engine/engine.h"
+#include "fake_model.h"
+#include "util/mem.h"
+
+struct fixture {
+    uv_loop_t loop;
+    struct tb_engine *engine;
+    int done, failed;
+    bool closed;
+    int64_t order[4096]; /* seq_ids in the order of their callbacks */
+};
+
+static void on_closed(void *arg)
+{
+    ((struct fixture *)arg)->closed = true;
+}
+
+static int setup(void **state)
+{
+    struct fixture *f = tb_calloc(1, sizeof(*f));
+    struct tb_engine_model models[2] = {{.name = "a", .dir = "x", .tokenizer = "tok"},
+                                        {.name = "b", .dir = "y"}};
+    struct tb_engine_options o = {
+        .models = models, .n_models = 2, .backend = "cpu", .dtype = "f32"};
+    struct tb_error err = {0};
+    fake_reset();
+    uv_loop_init(&f->loop);
+    assert_int_equal(tb_engine_create(&f->engine, &f->loop, &o, &err), 0);
+    *state = f;
+    return 0;
+}
+
+static void close_engine(struct fixture *f)
+{
+    tb_engine_close(f->engine, on_closed, f);
+    uv_run(&f->loop, UV_RUN_DEFAULT);
+    assert_true(f->closed);
+    assert_int_equal(uv_loop_close(&f->loop), 0);
+    assert_int_equal(fake_live_adapters, 0);
+    assert_int_equal(fake_live_versions, 0);
+    assert_int_equal(fake_live_samplings, 0);
+}
+
+static int teardown(void **state)
+{
+    struct fixture *f = *state;
+    if (!f->closed) close_engine(f);
+    tb_free(f);
+    return 0;
+}
+
+static void on_done(struct tb_task *t)
+{
+    struct fixture *f = t->arg;
+    if (t->op) f->order[f->done] = t->op->seq_id;
+    f->done++;
+    if (tb_task_error(t)->code) f->failed++;
+    tb_op_destroy(t->op);
+    tb_task_destroy(t);
+}
+
+static struct tb_task *submit(struct fixture *f, enum tb_task_type type, uint64_t id, int64_t seq,
+                              int32_t tokens)
+{
+    struct tb_task *t = tb_task_create(type);
+    t->adapter_id = id;
+    t->lora.rank = 4;
+    t->cb = on_done;
+    t->arg = f;
+    if (type == TB_TASK_TRAIN) {
+        t->op = tb_op_create(TB_OP_FORWARD_BACKWARD);
+        t->op->u.forward_backward.n_data = 1;
+        t->op->u.forward_backward.data = tb_arena_calloc(&t->op->arena, 1, sizeof(struct tb_datum));
+        t->op->u.forward_backward.data[0].n_tokens = tokens;
+    } else if (type == TB_TASK_OPTIM) {
+        t->op = tb_op_create(TB_OP_OPTIM_STEP);
+    } else if (type == TB_TASK_SAMPLE) {
+        t->op = tb_op_create(TB_OP_SAMPLE);
+        t->op->u.sample.max_tokens = tokens;
+        t->version_id = id;
+    } else if (type == TB_TASK_PUBLISH || type == TB_TASK_VERSION_FREE) {
+        t->version_id = (uint64_t)seq;
+    }
+    if (t->op) t->op->seq_id = seq;
+    tb_engine_submit(f->engine, t);
+    return t;
+}
+
+static void run_until(struct fixture *f, int done)
+{
+    while (f->done < done)
+        uv_run(&f->loop, UV_RUN_ONCE);
+}
+
+static void test_models(void **state)
+{
+    struct fixture *f = *state;
+    assert_int_equal(tb_engine_n_models(f->engine), 2);
+    assert_int_equal(tb_engine_model_find(f->engine, "b"), 1);
+    assert_int_equal(tb_engine_model_find(f->engine, "c"), -1);
+    assert_string_equal(tb_engine_model_tokenizer(f->engine, 0), "tok");
+    assert_null(tb_engine_model_tokenizer(f->engine, 1));
+}
+
+static void test_load_error(void **state)
+{
+    uv_loop_t loop;
+    struct tb_engine *e = NULL;
+    struct tb_error err = {0};
+    struct tb_engine_model models[2] = {{.name = "a", .dir = "x"}, {.name = "b", .dir = "missing"}};
+    struct tb_engine_options o = {.models = models, .n_models = 2};
+    uv_loop_init(&loop);
+    assert_int_equal(tb_engine_create(&e, &loop, &o, &err), TB_ENOTFOUND);
+    assert_null(e);
+    assert_string_equal(err.msg, "missing: no such folder");
+    assert_int_equal(uv_loop_close(&loop), 0);
+}
+
+/* Ops of one adapter run and answer in order, whatever their kinds. */
+static void test_order(void **state)
+{
+    struct fixture *f = *state;
+    submit(f, TB_TASK_ADAPTER_CREATE, 1, 0, 0);
+    for (int i = 1; i <= 200; i++)
+        submit(f, i % 3 ? TB_TASK_TRAIN : TB_TASK_OPTIM, 1, i, 10);
+    run_until(f, 201);
+    assert_int_equal(f->failed, 0);
+    for (int i = 1; i <= 200; i++)
+        assert_int_equal(f->order[i], i);
+}
+
+/* Ops that wait together share a pass; a pass is bounded in tokens. */
+static void test_packing(void **state)
+{
+    struct fixture *f = *state;
+    for (uint64_t id = 1; id <= 16; id++)
+        submit(f, TB_TASK_ADAPTER_CREATE, id, 0, 0);
+    for (uint64_t id = 1; id <= 16; id++)
+        submit(f, TB_TASK_TRAIN, id, (int64_t)id, 128);
+    run_until(f, 32);
+    assert_int_equal(f->failed, 0);
+    int passes = 0, ops = 0;
+    for (int i = 0; i < fake_n_events; i++) {
+        if (fake_events[i].kind != FAKE_TRAIN) continue;
+        passes++;
+        ops += fake_events[i].n;
+        assert_in_range(fake_events[i].n, 1, 4096 / 128);
+    }
+    assert_int_equal(ops, 16);
+    assert_in_range(passes, 1, 16);
+}
+
+static void test_oversized_op_runs_alone(void **state)
+{
+    struct fixture *f = *state;
+    submit(f, TB_TASK_ADAPTER_CREATE, 1, 0, 0);
+    submit(f, TB_TASK_TRAIN, 1, 1, 100000);
+    submit(f, TB_TASK_TRAIN, 1, 2, 100000);
+    run_until(f, 3);
+    assert_int_equal(f->failed, 0);
+    for (int i = 0; i < fake_n_events; i++)
+        assert_int_equal(fake_events[i].n, 1);
+}
+
+/* A small op beside a tenant with many queued steps starts within two passes. */
+static void test_fair_to_small_tenant(void **state)
+{
+    struct fixture *f = *state;
+    fake_train_us = 2000;
+    submit(f, TB_TASK_ADAPTER_CREATE, 1, 0, 0);
+    submit(f, TB_TASK_ADAPTER_CREATE, 2, 0, 0);
+    for (int i = 0; i < 100; i++)
+        submit(f, TB_TASK_TRAIN, 1, 1000 + i, 4096);
+    run_until(f, 5);
+    int begun = f->done;
+    submit(f, TB_TASK_TRAIN, 2, 7, 16);
+    run_until(f, 103);
+    int at = -1;
+    for (int i = 0; i < f->done; i++) {
+        if (f->order[i] == 7) at = i;
+    }
+    assert_in_range(at, begun,
+                    begun + 4); /* the pass that ran, the next one, and callbacks pending */
+}
+
+/* A sample beside queued training gets its steps in turn, and training goes on beside sampling. */
+static void test_turns(void **state)
+{
+    struct fixture *f = *state;
+    fake_train_us = 1000;
+    fake_sample_us = 200;
+    submit(f, TB_TASK_ADAPTER_CREATE, 1, 0, 0);
+    for (int i = 0; i < 50; i++)
+        submit(f, TB_TASK_TRAIN, 1, i, 4096);
+    submit(f, TB_TASK_SAMPLE, 0, 500, 60);
+    run_until(f, 52);
+    assert_int_equal(f->failed, 0);
+    int trains = 0, steps = 0, trains_at_last_step = 0;
+    for (int i = 0; i < fake_n_events; i++) {
+        if (fake_events[i].kind == FAKE_TRAIN) trains++;
+        if (fake_events[i].kind == FAKE_SAMPLE_STEP) {
+            steps++;
+            trains_at_last_step = trains;
+        }
+    }
+    assert_int_equal(steps, 60);
+    assert_int_equal(trains, 50);
+    assert_in_range(trains_at_last_step, 2,
+                    49); /* interleaved, neither waited for all of the other */
+}
+
+static void test_publish_and_sample(void **state)
+{
+    struct fixture *f = *state;
+    submit(f, TB_TASK_ADAPTER_CREATE, 1, 0, 0);
+    submit(f, TB_TASK_PUBLISH, 1, 77, 0);
+    run_until(f, 2);
+    assert_int_equal(fake_live_versions, 1);
+    submit(f, TB_TASK_SAMPLE, 77, 1, 30);
+    submit(f, TB_TASK_VERSION_FREE, 0, 77, 0); /* the sample in progress keeps the weights */
+    run_until(f, 4);
+    assert_int_equal(f->failed, 0);
+    assert_int_equal(fake_live_versions, 0);
+    submit(f, TB_TASK_SAMPLE, 77, 2, 30);
+    run_until(f, 5);
+    assert_int_equal(f->failed, 1);
+}
+
+static void test_cancel(void **state)
+{
+    struct fixture *f = *state;
+    fake_sample_us = 1000;
+    struct tb_task *t = submit(f, TB_TASK_SAMPLE, 0, 1, 100000);
+    uv_run(&f->loop, UV_RUN_NOWAIT);
+    tb_engine_cancel(f->engine, t);
+    run_until(f, 1);
+    assert_int_equal(f->failed, 1);
+    assert_int_equal(fake_live_samplings, 0);
+}
+
+static void test_failures(void **state)
+{
+    struct fixture *f = *state;
+    submit(f, TB_TASK_TRAIN, 9, 1, 10); /* no such adapter */
+    submit(f, TB_TASK_OPTIM, 9, 2, 0);
+    submit(f, TB_TASK_SAMPLE, 0, 3, 0); /* invalid */
+    run_until(f, 3);
+    assert_int_equal(f->failed, 3);
+    fake_fail_create = true;
+    submit(f, TB_TASK_ADAPTER_CREATE, 10, 0, 0);
+    submit(f, TB_TASK_TRAIN, 10, 4, 10);
+    run_until(f, 5);
+    assert_int_equal(f->failed, 5);
+    fake_fail_create = false;
+    submit(f, TB_TASK_ADAPTER_CREATE, 10, 0, 0);
+    submit(f, TB_TASK_ADAPTER_FREE, 10, 0, 0);
+    run_until(f, 7);
+    assert_int_equal(f->failed, 5);
+    assert_int_equal(fake_live_adapters, 0);
+}
+
+static void test_close_in_the_middle(void **state)
+{
+    struct fixture *f = *state;
+    fake_train_us = fake_sample_us = 1000;
+    for (uint64_t id = 1; id <= 4; id++)
+        submit(f, TB_TASK_ADAPTER_CREATE, id, 0, 0);
+    for (int i = 0; i < 100; i++)
+        submit(f, TB_TASK_TRAIN, (uint64_t)(1 + i % 4), i, 4096);
+    for (int i = 0; i < 10; i++)
+        submit(f, TB_TASK_SAMPLE, 0, i, 100000);
+    run_until(f, 6);
+    close_engine(f);
+    assert_int_equal(f->done, 114); /* every callback came */
+    assert_true(f->failed > 50);
+}
+
+int main(void)
+{
+#define T(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
+    const struct CMUnitTest tests[] = {
+        T(test_models),   cmocka_unit_test(test_load_error), T(test_order),
+        T(test_packing),  T(test_oversized_op_runs_alone),   T(test_fair_to_small_tenant),
+        T(test_turns),    T(test_publish_and_sample),        T(test_cancel),
+        T(test_failures), T(test_close_in_the_middle),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
