@@ -1,0 +1,483 @@
+/*
+ * One step of sampling: choose the sequences that advance and find them pages, run their rows as
+ * one packed pass, draw tokens and score prompts from the head's rows. See model.h and sampling.h.
+ *
+ * Pages are given out in a fixed order of precedence: older sampling first, prompt before samples,
+ * lower sample first. A running sequence may take the pages of one that comes later, which is then
+ * computed again from its tokens; a waiting one only takes free pages, and nobody overtakes it. So
+ * the first running sequence always advances, and with nobody running the first waiting one fits.
+ *
+ * Owner: struct step lives for one call. Thread: the model's.
+ */
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "model/pass.h"
+#include "model/sampling.h"
+#include "model/train.h"
+#include "util/mem.h"
+#include "util/philox.h"
+
+#define TB_ALT_STREAM 1 /* Philox stream of prompt_alt_tokens; 0 draws the samples */
+
+struct entry { /* a sequence's rows in this step */
+    struct tb_seq *q;
+    int n;     /* rows */
+    int row;   /* first packed row */
+    int order; /* of choice */
+    bool last; /* reaches its last token: a draw follows */
+};
+
+struct out_row { /* a row whose logits are wanted */
+    struct tb_seq *q;
+    int row; /* packed */
+    int pos; /* position in the sequence */
+};
+
+struct step {
+    struct tb_model *m;
+    int budget; /* prefill rows left */
+    int n, cap;
+    struct entry *entries;
+    int T;
+    int32_t *tokens, *pos;
+    struct tb_attn_seq *seqs;
+    struct tb_lora_rows *lora, *out_lora;
+    int n_out, n_single; /* rows with logits; the first n_single draw one token each */
+    struct out_row *out;
+    struct tb_draw *draws; /* [head_rows] */
+    int32_t *drawn;        /* [head_rows] */
+    float *lse, *lp;       /* [head_rows] */
+    int32_t *k_ids;        /* [TB_MAX(k)] scratch */
+    float *k_lps;
+};
+
+/* ---- pages */
+
+/* The last running sequence in the order of precedence, if it comes after q. */
+static struct tb_seq *find_victim(struct tb_model *m, const struct tb_seq *q)
+{
+    for (struct tb_list *it = m->samplings.prev; it != &m->samplings; it = it->prev) {
+        struct tb_sampling *s = TB_LIST_ENTRY(it, struct tb_sampling, node);
+        for (int i = s->req->n_samples - 1; i >= -1; i--) {
+            struct tb_seq *v = i < 0 ? &s->root : &s->seqs[i];
+            if (v == q) return NULL;
+            if (v->state == TB_SEQ_RUNNING && v->n_pages) return v;
+        }
+    }
+    return NULL;
+}
+
+static int32_t take_page(struct tb_model *m, const struct tb_seq *q)
+{
+    for (;;) {
+        int32_t page = tb_kv_take(&m->kv);
+        struct tb_seq *v = page < 0 ? find_victim(m, q) : NULL;
+        if (!v) return page;
+        tb_seq_release(v);
+        v->state = TB_SEQ_WAITING;
+    }
+}
+
+/* Pages for the next n positions of a running sequence, the first of them its own. */
+static bool need_pages(struct tb_model *m, struct tb_seq *q, int n)
+{
+    int first = q->n_kv / TB_KV_PAGE, want = tb_kv_pages_for((int64_t)q->n_kv + n);
+    if (!tb_seq_reserve_pages(q, want)) return false;
+    if (first < q->n_pages && m->kv.refs[q->pages[first]] > 1) {
+        int32_t page = take_page(m, q);
+        if (page < 0) return false;
+        int32_t old = q->pages[first];
+        if (m->kv.refs[old] == 1) { /* whoever shared it was sent away */
+            tb_kv_unref(&m->kv, page);
+        } else {
+            tb_kv_copy_page(&m->kv, m, page, old);
+            tb_kv_unref(&m->kv, old);
+            q->pages[first] = page;
+        }
+    }
+    while (q->n_pages < want) {
+        int32_t page = take_page(m, q);
+        if (page < 0) return false;
+        q->pages[q->n_pages++] = page;
+    }
+    return true;
+}
+
+/* Gives a waiting sequence all pages of its tokens, from the free ones, leaving those that run one
+ * each. */
+static bool admit(struct tb_model *m, struct tb_seq *q, int n_running)
+{
+    int want = tb_kv_pages_for(tb_seq_tokens(q));
+    if (m->kv.n_free < want + n_running && !(n_running == 0 && m->kv.n_free >= want)) return false;
+    if (!tb_seq_reserve_pages(q, want)) return false;
+    while (q->n_pages < want)
+        q->pages[q->n_pages++] = tb_kv_take(&m->kv);
+    q->n_kv = 0;
+    q->state = TB_SEQ_RUNNING;
+    return true;
+}
+
+/* ---- choosing */
+
+static void add_entry(struct step *st, struct tb_seq *q, int n)
+{
+    if (st->n == st->cap) {
+        st->cap = st->cap ? st->cap * 2 : 64;
+        st->entries = tb_realloc(st->entries, (size_t)st->cap * sizeof(*st->entries));
+    }
+    st->entries[st->n] =
+        (struct entry){.q = q, .n = n, .order = st->n, .last = q->n_kv + n == tb_seq_tokens(q)};
+    st->n++;
+    st->T += n;
+}
+
+static int count_running(const struct tb_model *m)
+{
+    int n = 0;
+    TB_LIST_FOREACH (it, &m->samplings) {
+        const struct tb_sampling *s = TB_LIST_ENTRY(it, struct tb_sampling, node);
+        n += s->root.state == TB_SEQ_RUNNING;
+        for (int i = 0; i < s->req->n_samples; i++)
+            n += s->seqs[i].state == TB_SEQ_RUNNING;
+    }
+    return n;
+}
+
+static void consider(struct step *st, struct tb_seq *q, bool *blocked)
+{
+    if (q->state == TB_SEQ_DONE) return;
+    if (q->state == TB_SEQ_WAITING) {
+        if (*blocked || st->budget <= 0) return;
+        if (!admit(st->m, q, count_running(st->m))) {
+            *blocked = true;
+            return;
+        }
+    }
+    int pending = tb_seq_tokens(q) - q->n_kv;
+    bool decode = pending == 1 && q->n_kv > 0;
+    int n = decode ? 1 : TB_MIN(pending, st->budget);
+    if (n <= 0 || !need_pages(st->m, q, n)) return;
+    if (!decode) st->budget -= n;
+    add_entry(st, q, n);
+}
+
+static void choose(struct step *st)
+{
+    bool blocked = false;
+    TB_LIST_FOREACH (it, &st->m->samplings) {
+        struct tb_sampling *s = TB_LIST_ENTRY(it, struct tb_sampling, node);
+        if (!s->chosen || s->done) continue;
+        if (!s->forked) {
+            consider(st, &s->root, &blocked);
+            continue;
+        }
+        for (int i = 0; i < s->req->n_samples; i++)
+            consider(st, &s->seqs[i], &blocked);
+    }
+}
+
+/* Entries of one version next to each other: fewer, longer LoRA runs. */
+static int by_version(const void *a, const void *b)
+{
+    const struct entry *x = a, *y = b;
+    uintptr_t vx = (uintptr_t)x->q->s->version, vy = (uintptr_t)y->q->s->version;
+    if (vx != vy) return vx < vy ? -1 : 1;
+    return (x->order > y->order) - (x->order < y->order);
+}
+
+/* ---- packing */
+
+static int alloc_step(struct step *st)
+{
+    size_t T = (size_t)st->T, n = (size_t)st->n, R = (size_t)st->m->head_rows, k = 1;
+    for (int i = 0; i < st->n; i++) {
+        const struct tb_sample *r = st->entries[i].q->s->req;
+        k = TB_MAX(k, (size_t)r->topk_prompt_logprobs);
+        k = TB_MAX(k, (size_t)r->topk_sample_logprobs);
+        k = TB_MAX(k, (size_t)r->prompt_alt_tokens_k);
+        if (r->has_target_prompt_logprobs)
+            k = TB_MAX(k, (size_t)r->target_prompt_logprobs.shape[1]);
+    }
+    st->tokens = tb_try_malloc(T * sizeof(*st->tokens));
+    st->pos = tb_try_malloc(T * sizeof(*st->pos));
+    st->seqs = tb_try_calloc(n, sizeof(*st->seqs));
+    st->lora = tb_try_calloc(n, sizeof(*st->lora));
+    st->out_lora = tb_try_calloc(T, sizeof(*st->out_lora));
+    st->out = tb_try_calloc(T, sizeof(*st->out));
+    st->draws = tb_try_calloc(R, sizeof(*st->draws));
+    st->drawn = tb_try_calloc(R, sizeof(*st->drawn));
+    st->lse = tb_try_calloc(R, sizeof(*st->lse));
+    st->lp = tb_try_calloc(R, sizeof(*st->lp));
+    st->k_ids = tb_try_calloc(k, sizeof(*st->k_ids));
+    st->k_lps = tb_try_calloc(k, sizeof(*st->k_lps));
+    bool ok = st->tokens && st->pos && st->seqs && st->lora && st->out_lora && st->out &&
+              st->draws && st->drawn && st->lse && st->lp && st->k_ids && st->k_lps;
+    return ok ? 0 : TB_ENOMEM;
+}
+
+static void free_step(struct step *st)
+{
+    void *const all[] = {st->entries,  st->tokens, st->pos,   st->seqs,  st->lora,
+                         st->out_lora, st->out,    st->draws, st->drawn, st->lse,
+                         st->lp,       st->k_ids,  st->k_lps};
+    for (size_t i = 0; i < TB_ARRAY_LEN(all); i++)
+        tb_free(all[i]);
+}
+
+/* Adjacent rows of one version are one run. */
+static void add_rows(struct tb_lora_rows *rows, int *n, int row, int count,
+                     const struct tb_adapter_version *v)
+{
+    if (*n && rows[*n - 1].ver == v)
+        rows[*n - 1].n += count;
+    else
+        rows[(*n)++] = (struct tb_lora_rows){row, count, v, NULL};
+}
+
+static int pack(struct step *st, struct tb_pass *p)
+{
+    int row = 0, n_lora = 0, far = 0;
+    for (int i = 0; i < st->n; i++) {
+        struct entry *e = &st->entries[i];
+        const struct tb_adapter_version *v = e->q->s->version;
+        e->row = row;
+        for (int j = 0; j < e->n; j++) {
+            st->tokens[row + j] = tb_seq_token(e->q, e->q->n_kv + j);
+            st->pos[row + j] = e->q->n_kv + j;
+        }
+        st->seqs[i] =
+            (struct tb_attn_seq){.row = row, .n = e->n, .pos = e->q->n_kv, .pages = e->q->pages};
+        add_rows(st->lora, &n_lora, row, e->n, v);
+        if (v) p->ru = TB_MAX(p->ru, v->layout->config.rank);
+        far = TB_MAX(far, e->q->n_kv + e->n);
+        row += e->n;
+    }
+    p->T = st->T;
+    p->tokens = st->tokens;
+    p->pos = st->pos;
+    p->seqs = st->seqs;
+    p->n_seqs = st->n;
+    p->paged = true;
+    p->lora = st->lora;
+    p->n_lora = n_lora;
+    return far;
+}
+
+/* One draw of one sample: a decode row, or the end of the prompt of a single sample. */
+static struct tb_seq *single_draw(const struct entry *e)
+{
+    if (!e->last) return NULL;
+    if (e->q->index >= 0) return e->q;
+    return e->q->s->req->n_samples == 1 ? &e->q->s->seqs[0] : NULL;
+}
+
+/* Lists the rows that need logits, single draws first, and gathers their final norm into p->h. */
+static void gather_out(struct step *st, struct tb_pass *p)
+{
+    struct tb_model *m = st->m;
+    for (int i = 0; i < st->n; i++) {
+        const struct entry *e = &st->entries[i];
+        struct tb_seq *q = single_draw(e);
+        if (q) st->out[st->n_out++] = (struct out_row){q, e->row + e->n - 1, e->q->n_kv + e->n - 1};
+    }
+    st->n_single = st->n_out;
+    for (int i = 0; i < st->n; i++) {
+        const struct entry *e = &st->entries[i];
+        const struct tb_sampling *s = e->q->s;
+        if (e->q->index >= 0) continue;
+        for (int j = 0; j < e->n; j++) {
+            int at = e->q->n_kv + j;
+            bool last = at == s->n_prompt - 1;
+            if (last ? s->req->n_samples > 1 : at >= s->score_from)
+                st->out[st->n_out++] = (struct out_row){e->q, e->row + j, at};
+        }
+    }
+    size_t bytes = (size_t)m->cfg.hidden * tb_dtype_size(m->be->act);
+    int n_lora = 0;
+    for (int i = 0; i < st->n_out;) { /* stretches of adjacent rows at once */
+        int k = 1;
+        while (i + k < st->n_out && st->out[i + k].row == st->out[i].row + k)
+            k++;
+        m->be->ops->copy(m->be, (char *)p->h + (size_t)i * bytes,
+                         (const char *)p->xn + (size_t)st->out[i].row * bytes, (size_t)k * bytes);
+        for (int j = 0; j < k; j++)
+            add_rows(st->out_lora, &n_lora, i + j, 1, st->out[i + j].q->s->version);
+        i += k;
+    }
+    void *t = p->xn; /* tb_head_logits reads xn and lora */
+    p->xn = p->h;
+    p->h = t;
+    p->lora = st->out_lora;
+    p->n_lora = n_lora;
+}
+
+/* ---- what comes out of a block of logits */
+
+static struct tb_draw draw_of(const struct tb_seq *q)
+{
+    const struct tb_sample *r = q->s->req;
+    return (struct tb_draw){r->temperature, r->top_k, r->top_p,
+                            tb_philox_draw(q->s->seed, (uint32_t)q->index, (uint32_t)q->n_gen, 0)};
+}
+
+/* The k best of one row, padded where the vocabulary is smaller. */
+static void topk_row(struct step *st, const float *logits, const float *lse, int k, int32_t *ids,
+                     float *lps)
+{
+    int V = st->m->cfg.vocab, n = TB_MIN(k, V);
+    st->m->be->ops->topk(st->m->be, logits, 1, V, V, lse, n, ids, lps);
+    for (int i = n; i < k; i++) {
+        ids[i] = 0;
+        lps[i] = -99999.0f;
+    }
+}
+
+static void accept(struct step *st, struct tb_seq *q, int32_t token, float lp, const float *logits,
+                   const float *lse)
+{
+    int k = q->s->req->topk_sample_logprobs;
+    if (k) topk_row(st, logits, lse, k, st->k_ids, st->k_lps);
+    tb_seq_accept(q, token, lp, st->k_ids, st->k_lps);
+}
+
+/* Row `pos` of a prompt scores the token after it. */
+static void score_prompt(struct step *st, const struct out_row *o, const float *logits,
+                         const float *lse, float lp)
+{
+    const struct tb_sampling *s = o->q->s;
+    const struct tb_sample *r = s->req;
+    struct tb_result *out = &s->op->result;
+    const struct tb_backend_ops *ops = st->m->be->ops;
+    int V = st->m->cfg.vocab;
+    size_t at = (size_t)o->pos;
+    float scratch;
+    bool wanted =
+        !r->prompt_logprobs_last_n || o->pos + 1 >= r->n_prompt - r->prompt_logprobs_last_n;
+    if (out->prompt_logprobs && wanted) out->prompt_logprobs[at + 1] = lp;
+    if (out->topk_prompt_ids) {
+        size_t k = (size_t)r->topk_prompt_logprobs;
+        topk_row(st, logits, lse, (int)k, out->topk_prompt_ids + (at + 1) * k,
+                 out->topk_prompt_logprobs + (at + 1) * k);
+    }
+    if (out->target_prompt_logprobs) {
+        size_t K = (size_t)r->target_prompt_logprobs.shape[1];
+        for (size_t j = 0; j < K; j++)
+            st->k_ids[j] = (int32_t)r->target_prompt_logprobs.data.i64[at * K + j];
+        ops->logprobs(st->m->be, logits, 1, V, V, st->k_ids, (int)K, &scratch,
+                      out->target_prompt_logprobs + at * K);
+    }
+    if (out->alt_tokens) {
+        size_t k = (size_t)r->prompt_alt_tokens_k;
+        int32_t *ids = out->alt_tokens + at * k;
+        for (size_t j = 0; j < k; j++) {
+            struct tb_draw d = {
+                r->temperature, -1, 1,
+                tb_philox_draw(s->seed, (uint32_t)j, (uint32_t)(at + 1), TB_ALT_STREAM)};
+            ops->draw(st->m->be, logits, 1, V, V, &d, ids + j);
+        }
+        ops->logprobs(st->m->be, logits, 1, V, V, ids, (int)k, &scratch,
+                      out->alt_logprobs + at * k);
+    }
+}
+
+/* The end of a prompt with several samples: one draw each from the same row. */
+static void first_draws(struct step *st, struct tb_sampling *s, const float *logits,
+                        const float *lse)
+{
+    const struct tb_backend_ops *ops = st->m->be->ops;
+    int V = st->m->cfg.vocab;
+    for (int i = 0; i < s->req->n_samples && !s->done; i++) {
+        struct tb_draw d = draw_of(&s->seqs[i]);
+        int32_t token;
+        float scratch, lp;
+        ops->draw(st->m->be, logits, 1, V, V, &d, &token);
+        ops->logprobs(st->m->be, logits, 1, V, V, &token, 1, &scratch, &lp);
+        accept(st, &s->seqs[i], token, lp, logits, lse);
+    }
+}
+
+static void run_block(struct step *st, struct tb_pass *p, int from, int n)
+{
+    const struct tb_backend_ops *ops = st->m->be->ops;
+    int V = st->m->cfg.vocab, n_draw = TB_MIN(TB_MAX(st->n_single - from, 0), n);
+    tb_head_logits(p, from, n);
+    for (int i = 0; i < n_draw; i++)
+        st->draws[i] = draw_of(st->out[from + i].q);
+    if (n_draw) ops->draw(st->m->be, p->logits, n_draw, V, V, st->draws, st->drawn);
+    for (int i = n_draw; i < n; i++) {
+        const struct out_row *o = &st->out[from + i];
+        st->drawn[i] = o->pos + 1 < o->q->s->n_prompt ? o->q->s->req->prompt[o->pos + 1] : -1;
+    }
+    ops->logprobs(st->m->be, p->logits, n, V, V, st->drawn, 1, st->lse, st->lp);
+    for (int i = 0; i < n; i++) {
+        struct out_row *o = &st->out[from + i];
+        const float *row = p->logits + (size_t)i * (size_t)V;
+        if (o->q->s->done) continue;
+        if (!isfinite(st->lse[i]))
+            tb_sampling_fail(o->q->s, TB_ENONFINITE, "the model's logits are not finite");
+        else if (i < n_draw)
+            accept(st, o->q, st->drawn[i], st->lp[i], row, &st->lse[i]);
+        else if (st->drawn[i] < 0)
+            first_draws(st, o->q->s, row, &st->lse[i]);
+        else
+            score_prompt(st, o, row, &st->lse[i], st->lp[i]);
+    }
+}
+
+/* Runs the chosen rows and moves every sequence on. */
+static int run(struct step *st, struct tb_error *err)
+{
+    struct tb_model *m = st->m;
+    struct tb_pass p = {.m = m, .kind = TB_PASS_INFER};
+    qsort(st->entries, (size_t)st->n, sizeof(*st->entries), by_version);
+    if (alloc_step(st))
+        return tb_error_set(err, TB_ENOMEM, "no memory for a step of %d rows", st->T);
+    int rc = tb_model_need_rope(m, pack(st, &p), err);
+    if (!rc) rc = tb_pass_init(&p, &m->sample_ws, false, err);
+    if (rc) goto out;
+    tb_pass_forward(&p);
+    m->be->ops->rmsnorm(m->be, p.x[m->cfg.n_layers], m->norm, p.T, m->cfg.hidden, m->cfg.norm_eps,
+                        p.xn, NULL);
+    gather_out(st, &p);
+    for (int i = 0; i < st->n; i++)
+        st->entries[i].q->n_kv += st->entries[i].n;
+    for (int i = 0; i < st->n_out; i += m->head_rows)
+        run_block(st, &p, i, TB_MIN(m->head_rows, st->n_out - i));
+    for (int i = 0; i < st->n; i++) {
+        struct tb_sampling *s = st->entries[i].q->s;
+        if (st->entries[i].q->index < 0 && st->entries[i].last && !s->forked) {
+            if (s->done) {
+                tb_seq_release(&s->root);
+                s->root.state = TB_SEQ_DONE;
+            } else {
+                tb_sampling_fork(s);
+            }
+        }
+    }
+    rc = m->be->ops->sync(m->be, err);
+out:
+    tb_pass_fini(&p);
+    return rc;
+}
+
+int tb_model_sample_step(struct tb_model *m, struct tb_sampling *const *s, int n,
+                         int prefill_budget, int *n_rows, struct tb_error *err)
+{
+    struct tb_error e = {0};
+    struct step st = {.m = m, .budget = prefill_budget};
+    *n_rows = 0;
+    int rc = tb_kv_ready(&m->kv, m, &e);
+    for (int i = 0; i < n; i++)
+        s[i]->chosen = true;
+    if (!rc) choose(&st);
+    if (!rc && st.n) rc = run(&st, &e);
+    if (!rc) *n_rows = st.T;
+    for (int i = 0; i < n; i++) {
+        s[i]->chosen = false;
+        if (rc) tb_sampling_fail(s[i], rc, e.msg);
+    }
+    free_step(&st);
+    return rc == TB_EDEVICE ? tb_error_set(err, rc, "%s", e.msg) : 0;
+}

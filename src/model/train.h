@@ -1,0 +1,48 @@
+/*
+ * What train.c and head.c share: the ops of one training call and their data in flight.
+ *
+ * Owner: tb_model_train, for the length of the call. Thread: the model's.
+ */
+#ifndef TB_MODEL_TRAIN_H
+#define TB_MODEL_TRAIN_H
+
+#include "model/loss.h"
+#include "model/pass.h"
+
+struct tb_train_op {
+    struct tb_adapter *adapter;
+    struct tb_op *op;
+    const struct tb_loss *loss;
+    struct tb_loss_inputs *inputs; /* [n_data] */
+    bool backward;
+    bool failed;
+    int n_data, n_done;
+    double loss_sum;
+    float
+        *scratch; /* the op's own gradient, flat, on the device; NULL before its first datum runs */
+};
+
+struct tb_datum_run { /* one datum of a micro-batch */
+    struct tb_train_op *op;
+    int index; /* of the datum in its op */
+    int row;   /* its first packed row */
+    const struct tb_loss_inputs *in;
+    float *lp; /* [n, k] in the op's result */
+    float *g;  /* [n, k] dL/dlogprob, host scratch; NULL when there is no backward pass */
+    double loss;
+};
+
+/* Marks the op failed and keeps the first error. */
+void tb_train_fail(struct tb_train_op *op, int code, const char *fmt, ...)
+    __attribute__((format(printf, 3, 4)));
+
+/* Final norm, head in row blocks, logprobs and losses of all runs; with backward also dxn, the
+ * gradient of the final norm's output, and the unembedding's LoRA gradients. *any tells whether
+ * some dL/dlogprob is not zero. */
+int tb_head_train(struct tb_pass *p, struct tb_datum_run *runs, int n_runs, bool backward,
+                  bool *any, struct tb_error *err);
+/* Logits of rows [row, row + n) of the pass into p->logits; the final norm has run. Spans are
+ * clipped from p->lora. */
+void tb_head_logits(struct tb_pass *p, int row, int n);
+
+#endif
