@@ -9,6 +9,11 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <unistd.h>
+#if defined(__x86_64__)
+#    include <cpuid.h>
+#endif
+
+#include "backend/cpu/team.h"
 
 float tb_f16_to_f32(uint16_t h)
 {
@@ -42,6 +47,20 @@ void *tb_cpu_alloc(size_t bytes)
 void tb_cpu_free(void *p)
 {
     free(p);
+}
+
+void *tb_scratch_get(struct tb_scratch *s, size_t bytes)
+{
+    if (bytes <= s->bytes) return s->p;
+    tb_cpu_free(s->p);
+    size_t want = bytes + bytes / 4;
+    s->p = tb_cpu_alloc(want);
+    if (!s->p) {
+        fprintf(stderr, "tinkerbell: no memory for %zu bytes of scratch\n", want);
+        abort();
+    }
+    s->bytes = want;
+    return s->p;
 }
 
 static void *cpu_alloc(struct tb_backend *be, size_t bytes)
@@ -84,8 +103,26 @@ void tb_cpu_memory_ops(struct tb_backend_ops *o)
 
 static const char *const isa_names[] = {"plain", "avx2", "avx512", "avx512_bf16"};
 
+#if defined(__x86_64__)
+static bool
+cpuid_avx512_bf16(void) /* leaf 7, subleaf 1, EAX bit 5; the OS part is checked by the caller */
+{
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 5));
+}
+#endif
+
 static int isa_best(void)
 {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (avx512 && cpuid_avx512_bf16()) return TB_ISA_AVX512_BF16;
+    if (avx512) return TB_ISA_AVX512;
+    if (avx2) return TB_ISA_AVX2;
+#endif
     return TB_ISA_PLAIN;
 }
 
@@ -115,7 +152,15 @@ bool tb_cpu_has_bf16(const char *isa)
 
 static void cpu_destroy(struct tb_backend *be)
 {
-    free(be);
+    struct tb_cpu *c = tb_cpu(be);
+    if (!c) return;
+    tb_team_destroy(c->team);
+    for (size_t i = 0; i < sizeof(c->shared) / sizeof(c->shared[0]); i++)
+        tb_cpu_free(c->shared[i].p);
+    for (int i = 0; c->own && i < c->be.n_threads; i++)
+        tb_cpu_free(c->own[i].p);
+    free(c->own);
+    free(c);
 }
 
 static void cpu_describe(struct tb_backend *be, char *out, size_t n)
@@ -123,6 +168,41 @@ static void cpu_describe(struct tb_backend *be, char *out, size_t n)
     struct tb_cpu *c = tb_cpu(be);
     snprintf(out, n, "cpu %s, %s, %d thread%s", isa_names[c->isa],
              be->act == TB_BF16 ? "bf16" : "f32", be->n_threads, be->n_threads == 1 ? "" : "s");
+}
+
+#if defined(__x86_64__)
+#    define FILL(o, target)                                                                        \
+        do {                                                                                       \
+            tb_k_product_ops_##target(o);                                                          \
+            tb_k_lora_ops_##target(o);                                                             \
+            tb_k_elem_ops_##target(o);                                                             \
+            tb_k_attn_ops_##target(o);                                                             \
+            tb_k_attn_bwd_ops_##target(o);                                                         \
+            tb_k_head_ops_##target(o);                                                             \
+            tb_k_draw_ops_##target(o);                                                             \
+        } while (0)
+#endif
+
+static void fill_ops(struct tb_cpu *c)
+{
+    struct tb_backend_ops *o = &c->ops;
+    o->name = "cpu";
+    o->destroy = cpu_destroy;
+    o->describe = cpu_describe;
+    tb_cpu_memory_ops(o);
+    tb_plain_product_ops(o);
+    tb_plain_elem_ops(o);
+    tb_plain_attn_ops(o);
+    tb_plain_head_ops(o);
+#if defined(__x86_64__)
+    if (c->isa == TB_ISA_AVX2)
+        FILL(o, avx2);
+    else if (c->isa != TB_ISA_PLAIN && c->be.act == TB_F32)
+        FILL(o, avx512);
+    else if (c->isa == TB_ISA_AVX512_BF16)
+        FILL(o, bf16);
+#endif
+    c->be.ops = o;
 }
 
 int tb_backend_cpu_create(struct tb_backend **out, const struct tb_backend_options *options,
@@ -145,15 +225,15 @@ int tb_backend_cpu_create(struct tb_backend **out, const struct tb_backend_optio
     c->be.act = act;
     c->be.n_threads = options && options->n_threads > 0 ? options->n_threads : (int)cores;
     if (c->be.n_threads < 1) c->be.n_threads = 1;
-    c->ops.name = "cpu";
-    c->ops.destroy = cpu_destroy;
-    c->ops.describe = cpu_describe;
-    tb_cpu_memory_ops(&c->ops);
-    tb_plain_product_ops(&c->ops);
-    tb_plain_elem_ops(&c->ops);
-    tb_plain_attn_ops(&c->ops);
-    tb_plain_head_ops(&c->ops);
-    c->be.ops = &c->ops;
+    if (c->be.n_threads > 256) c->be.n_threads = 256;
+    c->own = calloc((size_t)c->be.n_threads, sizeof(*c->own));
+    c->team = c->own ? tb_team_create(c->be.n_threads) : NULL;
+    if (!c->team) {
+        cpu_destroy(&c->be);
+        return tb_error_set(err, TB_ENOMEM, "cannot start %d threads for the CPU backend",
+                            options ? options->n_threads : 0);
+    }
+    fill_ops(c);
     *out = &c->be;
     return 0;
 }

@@ -16,11 +16,27 @@ struct tb_team;
 
 enum tb_isa { TB_ISA_PLAIN, TB_ISA_AVX2, TB_ISA_AVX512, TB_ISA_AVX512_BF16 };
 
+/* Memory that only grows, for one thread or for a call. */
+struct tb_scratch {
+    void *p;
+    size_t bytes;
+};
+
 struct tb_cpu {
     struct tb_backend be; /* first: the table's functions cast */
     struct tb_backend_ops ops;
     enum tb_isa isa;
     struct tb_team *team;
+    struct tb_scratch shared[4]; /* a call's; the caller sizes it before the team runs */
+    struct tb_scratch *own;      /* one a thread */
+};
+
+/* A frozen matrix. fwd: row-major act (plain) or panels of words over n_in (fast); bwd: panels of
+ * words over n_out, NULL until weight_prepare_bwd, never set by plain. */
+struct tb_weight {
+    int n_out, n_in;
+    void *fwd, *bwd;
+    size_t fwd_bytes, bwd_bytes;
 };
 
 static inline struct tb_cpu *tb_cpu(struct tb_backend *be)
@@ -66,9 +82,24 @@ void tb_plain_product_ops(struct tb_backend_ops *o);
 void tb_plain_elem_ops(struct tb_backend_ops *o);
 void tb_plain_attn_ops(struct tb_backend_ops *o);
 void tb_plain_head_ops(struct tb_backend_ops *o);
+#define TB_K_TABLES(target)                                                                        \
+    void tb_k_product_ops_##target(struct tb_backend_ops *o);                                      \
+    void tb_k_lora_ops_##target(struct tb_backend_ops *o);                                         \
+    void tb_k_elem_ops_##target(struct tb_backend_ops *o);                                         \
+    void tb_k_attn_ops_##target(struct tb_backend_ops *o);                                         \
+    void tb_k_attn_bwd_ops_##target(struct tb_backend_ops *o);                                     \
+    void tb_k_head_ops_##target(struct tb_backend_ops *o);                                         \
+    void tb_k_draw_ops_##target(struct tb_backend_ops *o);
+TB_K_TABLES(avx2)
+TB_K_TABLES(avx512)
+TB_K_TABLES(bf16)
 
 /* Whether the instruction set of that name (NULL = the best here) has bf16 products. */
 bool tb_cpu_has_bf16(const char *isa);
+
+/* At least that many bytes of scratch memory, contents undefined; aborts when there is none
+ * (scratch is small beside what the caller has counted). */
+void *tb_scratch_get(struct tb_scratch *s, size_t bytes);
 
 /* 64-byte aligned, huge pages for big blocks; NULL when there is none left. */
 void *tb_cpu_alloc(size_t bytes);

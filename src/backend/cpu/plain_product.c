@@ -8,12 +8,6 @@
 
 #include "backend/cpu/cpu.h"
 
-struct tb_weight {
-    void *data; /* act [n_out, n_in] */
-    int n_out, n_in;
-    size_t bytes;
-};
-
 static int plain_weight_create(struct tb_backend *be, int n_parts, const void *const *parts,
                                const enum tb_dtype *dtypes, const int *rows, int n_in,
                                struct tb_weight **out, struct tb_error *err)
@@ -24,9 +18,9 @@ static int plain_weight_create(struct tb_backend *be, int n_parts, const void *c
     w->n_in = n_in;
     for (int p = 0; p < n_parts; p++)
         w->n_out += rows[p];
-    w->bytes = (size_t)w->n_out * (size_t)n_in * tb_dtype_size(be->act);
-    w->data = tb_cpu_alloc(w->bytes);
-    if (!w->data) {
+    w->fwd_bytes = (size_t)w->n_out * (size_t)n_in * tb_dtype_size(be->act);
+    w->fwd = tb_cpu_alloc(w->fwd_bytes);
+    if (!w->fwd) {
         free(w);
         return tb_error_set(err, TB_ENOMEM, "no memory for a weight");
     }
@@ -34,7 +28,7 @@ static int plain_weight_create(struct tb_backend *be, int n_parts, const void *c
     for (int p = 0; p < n_parts; p++) {
         size_t n = (size_t)rows[p] * (size_t)n_in;
         for (size_t i = 0; i < n; i++)
-            tb_store(be->act, w->data, at + i, tb_load(dtypes[p], parts[p], i));
+            tb_store(be->act, w->fwd, at + i, tb_load(dtypes[p], parts[p], i));
         at += n;
     }
     *out = w;
@@ -44,13 +38,13 @@ static int plain_weight_create(struct tb_backend *be, int n_parts, const void *c
 static void plain_weight_free(struct tb_backend *be, struct tb_weight *w)
 {
     if (!w) return;
-    tb_cpu_free(w->data);
+    tb_cpu_free(w->fwd);
     free(w);
 }
 
 static size_t plain_weight_bytes(const struct tb_weight *w)
 {
-    return w->bytes;
+    return w->fwd_bytes;
 }
 
 static int plain_weight_prepare_bwd(struct tb_backend *be, struct tb_weight *w, int n_parts,
@@ -69,7 +63,7 @@ static void plain_matmul(struct tb_backend *be, const struct tb_weight *w, const
             double s = 0;
             for (size_t k = 0; k < K; k++)
                 s += (double)tb_load(be->act, x, (size_t)t * K + k) *
-                     (double)tb_load(be->act, w->data, (size_t)n * K + k);
+                     (double)tb_load(be->act, w->fwd, (size_t)n * K + k);
             float *d = y + (size_t)t * (size_t)ldy + n;
             float r = (float)s;
             if (bias) r += bias[n];
@@ -87,7 +81,7 @@ static void plain_matmul_bwd(struct tb_backend *be, const struct tb_weight *w, c
             double s = 0;
             for (size_t n = 0; n < N; n++)
                 s += (double)tb_load(be->act, dy, (size_t)t * N + n) *
-                     (double)tb_load(be->act, w->data, n * K + k);
+                     (double)tb_load(be->act, w->fwd, n * K + k);
             float *d = dx + (size_t)t * (size_t)ld_dx + k;
             *d = accumulate ? *d + (float)s : (float)s;
         }

@@ -1,0 +1,255 @@
+/*
+ * Weights and products, fast: a weight is packed in panels of NW outputs, panel[k][NW] words, for
+ * the forward product, and the same with the roles of n_in and n_out exchanged for the backward
+ * product.
+ *
+ * A sum over K runs in blocks of KBLOCK activations, each from zero, and the block sums are added
+ * in order to what y starts from. Nothing in it depends on the number of rows, so a row's bits do
+ * not either.
+ *
+ * Owner: the weight owns its two packings. Thread: see backend.h; packing and products use the
+ * team.
+ */
+#include <stdlib.h>
+
+#include "backend/cpu/gemm.h"
+#include "backend/cpu/k.h"
+
+#define KBLOCK     1024 /* 128 KiB of a bf16 panel: stays in the second-level cache */
+#define ROWS_CHUNK 192  /* rows of one task */
+
+/* ---- packing */
+
+struct pack {
+    const struct tb_weight *w;
+    const void *const *parts;
+    const enum tb_dtype *dtypes;
+    const int *rows;
+    int n_parts;
+    struct tb_cpu *cpu;
+    uint32_t *dst;
+};
+
+/* n elements from column c of row r of the stacked source, as activations. */
+static void source_row(const struct pack *p, int r, int c, int n, act_t *dst)
+{
+    int part = 0;
+    while (r >= p->rows[part])
+        r -= p->rows[part++];
+    size_t at = (size_t)r * (size_t)p->w->n_in + (size_t)c;
+    if (p->dtypes[part] == ACT) {
+        memcpy(dst, (const act_t *)p->parts[part] + at, (size_t)n * sizeof(act_t));
+        return;
+    }
+    for (int i = 0; i < n; i++)
+        tb_store(ACT, dst, (size_t)i, tb_load(p->dtypes[part], p->parts[part], at + (size_t)i));
+}
+
+/* One panel of the forward packing: NW rows of the source, transposed word by word. */
+static void pack_fwd_task(void *arg, int task, int thread)
+{
+    const struct pack *p = arg;
+    int n_in = p->w->n_in, kw = words(n_in), first = task * NW;
+    size_t ld = (size_t)kw * KP;
+    act_t *rows = tb_scratch_get(&p->cpu->own[thread], ld * NW * sizeof(act_t));
+    int n = imin(NW, p->w->n_out - first);
+    for (int r = 0; r < n; r++) {
+        rows[(size_t)r * ld + ld - 1] = 0;
+        source_row(p, first + r, 0, n_in, rows + (size_t)r * ld);
+    }
+    uint32_t *dst = p->dst + (size_t)task * (size_t)kw * NW;
+    for (int k = 0; k < kw; k += VW) {
+        uint32_t tile[VW * VW];
+        int kn = imin(VW, kw - k);
+        for (int r = 0; r < NW; r += VW) {
+            tile_transpose((const tb_word *)(const void *)(rows + (size_t)r * ld) + k, (size_t)kw,
+                           imax(0, imin(VW, n - r)), kn, tile, VW);
+            for (int i = 0; i < kn; i++)
+                memcpy(dst + (size_t)(k + i) * NW + r, tile + i * VW, VW * 4);
+        }
+    }
+}
+
+/* One panel of the backward packing: NW columns of the source, in pairs of rows. */
+static void pack_bwd_task(void *arg, int task, int thread)
+{
+    const struct pack *p = arg;
+    int n_out = p->w->n_out, kw = words(n_out), first = task * NW, n = imin(NW, p->w->n_in - first);
+    uint32_t *dst = p->dst + (size_t)task * (size_t)kw * NW;
+    for (int k = 0; k < kw; k++) {
+        act_t lo[NW] = {0}, hi[NW] = {0};
+        source_row(p, k * KP, first, n, lo);
+        if (KP == 2 && k * KP + 1 < n_out) source_row(p, k * KP + 1, first, n, hi);
+        for (int j = 0; j < NW; j += VW)
+            vw_pair(dst + (size_t)k * NW + j, lo + j, hi + j, VW);
+    }
+}
+
+/* Packs one direction; *bytes is set. NULL when there is no memory. */
+static void *pack(struct tb_cpu *cpu, const struct tb_weight *w, bool bwd, int n_parts,
+                  const void *const *parts, const enum tb_dtype *dtypes, const int *rows,
+                  size_t *bytes)
+{
+    int outs = bwd ? w->n_in : w->n_out, kw = words(bwd ? w->n_out : w->n_in);
+    int panels = (outs + NW - 1) / NW;
+    *bytes = (size_t)panels * (size_t)kw * NW * 4;
+    struct pack p = {w, parts, dtypes, rows, n_parts, cpu, tb_cpu_alloc(*bytes)};
+    if (!p.dst) return NULL;
+    tb_team_run(cpu->team, bwd ? pack_bwd_task : pack_fwd_task, &p, panels);
+    return p.dst;
+}
+
+static int weight_create(struct tb_backend *be, int n_parts, const void *const *parts,
+                         const enum tb_dtype *dtypes, const int *rows, int n_in,
+                         struct tb_weight **out, struct tb_error *err)
+{
+    *out = NULL;
+    struct tb_weight *w = calloc(1, sizeof(*w));
+    if (!w) return tb_error_set(err, TB_ENOMEM, "no memory for a weight");
+    w->n_in = n_in;
+    for (int i = 0; i < n_parts; i++)
+        w->n_out += rows[i];
+    w->fwd = pack(tb_cpu(be), w, false, n_parts, parts, dtypes, rows, &w->fwd_bytes);
+    if (!w->fwd) {
+        size_t bytes = w->fwd_bytes;
+        free(w);
+        return tb_error_set(err, TB_ENOMEM, "no memory for a weight of %zu bytes", bytes);
+    }
+    *out = w;
+    return 0;
+}
+
+static void weight_free(struct tb_backend *be, struct tb_weight *w)
+{
+    if (!w) return;
+    tb_cpu_free(w->fwd);
+    tb_cpu_free(w->bwd);
+    free(w);
+}
+
+static size_t weight_bytes(const struct tb_weight *w)
+{
+    return w->fwd_bytes + w->bwd_bytes;
+}
+
+static int weight_prepare_bwd(struct tb_backend *be, struct tb_weight *w, int n_parts,
+                              const void *const *parts, const enum tb_dtype *dtypes,
+                              const int *rows, struct tb_error *err)
+{
+    if (w->bwd) return 0;
+    size_t bytes;
+    w->bwd = pack(tb_cpu(be), w, true, n_parts, parts, dtypes, rows, &bytes);
+    if (!w->bwd)
+        return tb_error_set(err, TB_ENOMEM,
+                            "no memory for a weight's backward packing of %zu bytes", bytes);
+    w->bwd_bytes = bytes;
+    return 0;
+}
+
+/* ---- products */
+
+struct product {
+    const uint32_t *panels;
+    const act_t *x;
+    size_t ldx;
+    int T, n_k, n_out;  /* rows, inner size, outputs */
+    int rows, n_panels; /* rows of a task, panels of the weight */
+    const float *bias;
+    float *y;
+    size_t ldy;
+    bool accumulate;
+};
+
+static void product_task(void *arg, int task, int thread)
+{
+    const struct product *p = arg;
+    int row = task / p->n_panels * p->rows, panel = task % p->n_panels;
+    int n = imin(p->rows, p->T - row), col = panel * NW, cols = imin(NW, p->n_out - col);
+    int kw = words(p->n_k);
+    float edge[ROWS_CHUNK * NW], bias[NW] = {0};
+    float *y = p->y + (size_t)row * p->ldy + (size_t)col;
+    bool partial = cols < NW;
+    if (p->bias) memcpy(bias, p->bias + col, (size_t)cols * sizeof(float));
+    struct mk m = {.lda = p->ldx, .ldb = NW, .c = y, .ldc = p->ldy, .bias = bias, .scale = 1.0f};
+    m.init = p->accumulate ? MK_ADD : p->bias ? MK_BIAS : MK_ZERO;
+    if (partial) {
+        m.c = edge;
+        m.ldc = NW;
+        for (int r = 0; p->accumulate && r < n; r++) {
+            memset(edge + r * NW, 0, NW * sizeof(float));
+            memcpy(edge + r * NW, y + (size_t)r * p->ldy, (size_t)cols * sizeof(float));
+        }
+    }
+    if (p->bias && p->accumulate) { /* y + bias first, then the blocks */
+        for (int r = 0; r < n; r++)
+            for (int j = 0; j < NW; j++)
+                m.c[(size_t)r * m.ldc + (size_t)j] += bias[j];
+    }
+    for (int k = 0; k < kw; k += KBLOCK / KP) {
+        const uint32_t *b = p->panels + ((size_t)panel * (size_t)kw + (size_t)k) * NW;
+        m.b = &b;
+        m.kw = m.kw_page = imin(KBLOCK / KP, kw - k);
+        m.a = p->x + (size_t)row * p->ldx + (size_t)k * KP;
+        mk_rows_wide(&m, n);
+        m.init = MK_ADD;
+    }
+    for (int r = 0; partial && r < n; r++)
+        memcpy(y + (size_t)r * p->ldy, edge + r * NW, (size_t)cols * sizeof(float));
+}
+
+/* Rows whose length is no whole number of words, copied with zeros behind. */
+static const act_t *even_rows(struct tb_cpu *c, const act_t *x, int T, int n, size_t *ld)
+{
+    *ld = (size_t)n;
+    if (n % KP == 0) return x;
+    *ld = (size_t)words(n) * KP;
+    act_t *copy = tb_scratch_get(&c->shared[0], (size_t)T * *ld * sizeof(act_t));
+    for (int t = 0; t < T; t++) {
+        memcpy(copy + (size_t)t * *ld, x + (size_t)t * (size_t)n, (size_t)n * sizeof(act_t));
+        copy[(size_t)t * *ld + *ld - 1] = 0;
+    }
+    return copy;
+}
+
+static void product(struct tb_backend *be, const void *panels, int n_k, int n_out, const void *x,
+                    int T, const float *bias, float *y, int ldy, bool accumulate)
+{
+    struct tb_cpu *c = tb_cpu(be);
+    if (T <= 0) return;
+    struct product p = {.panels = panels,
+                        .T = T,
+                        .n_k = n_k,
+                        .n_out = n_out,
+                        .bias = bias,
+                        .y = y,
+                        .ldy = (size_t)ldy,
+                        .accumulate = accumulate};
+    p.x = even_rows(c, x, T, n_k, &p.ldx);
+    p.n_panels = (n_out + NW - 1) / NW;
+    int chunks = (T + ROWS_CHUNK - 1) / ROWS_CHUNK;
+    p.rows = ((T + chunks - 1) / chunks + RMAX_WIDE - 1) / RMAX_WIDE * RMAX_WIDE;
+    chunks = (T + p.rows - 1) / p.rows;
+    tb_team_run(c->team, product_task, &p, chunks * p.n_panels);
+}
+
+static void matmul(struct tb_backend *be, const struct tb_weight *w, const void *x, int T,
+                   const float *bias, float *y, int ldy, bool accumulate)
+{
+    product(be, w->fwd, w->n_in, w->n_out, x, T, bias, y, ldy, accumulate);
+}
+
+static void matmul_bwd(struct tb_backend *be, const struct tb_weight *w, const void *dy, int T,
+                       float *dx, int ld_dx, bool accumulate)
+{
+    product(be, w->bwd, w->n_out, w->n_in, dy, T, NULL, dx, ld_dx, accumulate);
+}
+
+void K(product_ops)(struct tb_backend_ops *o)
+{
+    o->weight_create = weight_create;
+    o->weight_free = weight_free;
+    o->weight_bytes = weight_bytes;
+    o->weight_prepare_bwd = weight_prepare_bwd;
+    o->matmul = matmul;
+    o->matmul_bwd = matmul_bwd;
+}
