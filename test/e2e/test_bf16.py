@@ -28,7 +28,7 @@ def pair(start, tiny):
 def test_bf16(pair):
     trained = []
     for service in pair:
-        client = service.create_lora_training_client("tiny", rank=8, seed=1)
+        client = service.create_lora_training_client("tiny", rank=8, seed=1).result()
         losses = []
         for i in range(8):
             losses.append(client.forward_backward([sft_datum(10, seed=i % 3)], "cross_entropy").result().metrics["loss:sum"])
@@ -38,7 +38,7 @@ def test_bf16(pair):
     assert losses[-1] < losses[0]
     assert np.allclose(losses, wanted, rtol=0.1)
     assert losses != wanted  # it is another arithmetic
-    sampler = client.save_weights_and_get_sampling_client()
+    sampler = client.save_weights_and_get_sampling_client().result()
     ids = tokens(6, 1)
     seq = sampler.sample(prompt(ids), 1, Params(max_tokens=30, seed=2, stop=[])).result().sequences[0]
     want = forward_logprobs(client, ids + seq.tokens)[5:]

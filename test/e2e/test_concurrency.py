@@ -13,7 +13,7 @@ Params = tinker.SamplingParams
 
 
 def run(service, seed, steps=5, base="tiny"):
-    client = service.create_lora_training_client(base, rank=1 + seed % 8, seed=seed)
+    client = service.create_lora_training_client(base, rank=1 + seed % 8, seed=seed).result()
     losses = []
     for step in range(steps):
         fb = client.forward_backward([sft_datum(6 + seed % 9, seed=100 * seed + step)], "cross_entropy")
@@ -33,7 +33,7 @@ def test_training_clients_in_parallel(service):
 
 def test_training_and_sampling_at_once(service):
     """Samples taken while another model trains equal samples taken in peace."""
-    sampler = service.create_sampling_client(base_model="tiny")
+    sampler = service.create_sampling_client(base_model="tiny").result()
     asks = [(tokens(4 + i % 20, i), i) for i in range(40)]
 
     def ask(item):
@@ -46,7 +46,7 @@ def test_training_and_sampling_at_once(service):
 
     def trainer():
         try:
-            client = service.create_lora_training_client("tiny", rank=8, seed=1)
+            client = service.create_lora_training_client("tiny", rank=8, seed=1).result()
             i = 0
             while not stop.is_set():
                 client.forward_backward([sft_datum(30, seed=i + k) for k in range(4)], "cross_entropy")
@@ -68,7 +68,7 @@ def test_training_and_sampling_at_once(service):
 
 def test_a_batch_of_tenants_changes_nothing(service):
     """A datum gives the same bits alone and in the middle of a batch of other lengths."""
-    client = service.create_lora_training_client("tiny", rank=4, seed=1)
+    client = service.create_lora_training_client("tiny", rank=4, seed=1).result()
     client.forward_backward([sft_datum(8)], "cross_entropy")
     client.optim_step(adam()).result()
     data = [sft_datum(n, seed=n) for n in (1, 2, 3, 5, 17, 31, 64, 100, 200)]

@@ -108,7 +108,7 @@ CASES = [
 def test_parity(server, service, tmp_path, case, eps, tolerance, record_property):
     name, base, config, adam_changes = case
     loss_fn = name.split()[0]
-    client = service.create_lora_training_client(base, rank=8, seed=5)
+    client = service.create_lora_training_client(base, rank=8, seed=5).result()
     adapter = download(service, client.save_weights_external("start").result().path, tmp_path / "adapter")
     if name.endswith("top-k"):
         data = [topk_datum(8, 4, seed=i) for i in range(3)]

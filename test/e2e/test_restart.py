@@ -20,7 +20,7 @@ tinker = pytest.importorskip("tinker")
 def test_restart(start):
     server = start()
     service = tinker.ServiceClient(base_url=server.url)
-    client = service.create_lora_training_client("tiny", rank=4, seed=1, user_metadata={"k": "v"})
+    client = service.create_lora_training_client("tiny", rank=4, seed=1, user_metadata={"k": "v"}).result()
 
     def train(c, seeds):
         losses = []
@@ -32,7 +32,7 @@ def test_restart(start):
     train(client, range(3))
     state = client.save_state("state").result().path
     sampler_path = client.save_weights_for_sampler("sampler").result().path
-    sampler = service.create_sampling_client(model_path=sampler_path)
+    sampler = service.create_sampling_client(model_path=sampler_path).result()
     lps = sampler.compute_logprobs(tinker.ModelInput.from_ints(tokens(9))).result()
     model_id = client.get_info().model_id
     session_id = model_id.split(":")[0]
@@ -58,8 +58,8 @@ def test_restart(start):
     assert run.base_model == "tiny" and run.lora_rank == 4
     assert {c.tinker_path for c in rest.list_checkpoints(model_id).result().checkpoints} == {state, sampler_path}
     assert session_id in rest.list_sessions(limit=100).result().sessions
-    assert train(again.create_training_client_from_state_with_optimizer(state), range(3, 6)) == wanted
-    reborn = again.create_sampling_client(model_path=sampler_path)
+    assert train(again.create_training_client_from_state_with_optimizer(state).result(), range(3, 6)) == wanted
+    reborn = again.create_sampling_client(model_path=sampler_path).result()
     assert reborn.compute_logprobs(tinker.ModelInput.from_ints(tokens(9))).result() == lps
     again.close("success").result()
 
@@ -235,13 +235,13 @@ def test_weights_of_another_restart_still_sample(start):
     """forward of a resumed model equals forward before the restart."""
     server = start()
     service = tinker.ServiceClient(base_url=server.url)
-    client = service.create_lora_training_client("tiny", rank=4, seed=1)
+    client = service.create_lora_training_client("tiny", rank=4, seed=1).result()
     client.forward_backward([sft_datum(8)], "cross_entropy").result()
     client.optim_step(adam()).result()
     path = client.save_state("s").result().path
     want = forward_logprobs(client, tokens(30))
     server.restart()
-    other = tinker.ServiceClient(base_url=server.url).create_training_client_from_state(path)
+    other = tinker.ServiceClient(base_url=server.url).create_training_client_from_state(path).result()
     assert np.array_equal(forward_logprobs(other, tokens(30)), want)
 
 

@@ -15,11 +15,11 @@ Params = types.SamplingParams
 def setup(server):
     """A trained model (its adapter is not zero) and a sampler of it."""
     service = tinker.ServiceClient(base_url=server.url)
-    client = service.create_lora_training_client("tiny", rank=8, seed=3)
+    client = service.create_lora_training_client("tiny", rank=8, seed=3).result()
     for i in range(3):
         client.forward_backward([sft_datum(10, seed=i)], "cross_entropy")
         client.optim_step(adam(learning_rate=3e-3)).result()
-    yield client, client.save_weights_and_get_sampling_client(), service
+    yield client, client.save_weights_and_get_sampling_client().result(), service
     service.close("success").result()
 
 
@@ -165,14 +165,14 @@ def test_eos_stops_unless_told_otherwise(service, tiny):
     import json
     with open(tiny + "/generation_config.json", encoding="utf-8") as f:
         eos = json.load(f)["eos_token_id"]
-    client = service.create_lora_training_client("tiny", rank=8, seed=3)
+    client = service.create_lora_training_client("tiny", rank=8, seed=3).result()
     ids = tokens(6, 10)
     datum = types.Datum(model_input=prompt(ids), loss_fn_inputs={"target_tokens": ids[1:] + [eos],
                                                                  "weights": [0.0] * 5 + [1.0]})
     for _ in range(30):
         client.forward_backward([datum], "cross_entropy")
         client.optim_step(adam()).result()
-    sampler = client.save_weights_and_get_sampling_client()
+    sampler = client.save_weights_and_get_sampling_client().result()
     ended = one(sampler, ids, max_tokens=8, temperature=0.0)
     assert ended.tokens == [eos] and ended.stop_reason == "stop"
     ran = one(sampler, ids, max_tokens=8, temperature=0.0, stop=[])
@@ -228,27 +228,27 @@ def test_target_and_alternative_prompt_logprobs(client, sampler):
 def test_base_model_and_paths(service, client):
     """A sampler of the base model, of a sampler checkpoint and of a training checkpoint."""
     ids = tokens(9, 14)
-    base = service.create_sampling_client(base_model="tiny")
+    base = service.create_sampling_client(base_model="tiny").result()
     assert base.get_base_model() == "tiny"
-    fresh = service.create_lora_training_client("tiny", rank=2, seed=1)
+    fresh = service.create_lora_training_client("tiny", rank=2, seed=1).result()
     assert np.array_equal(np.array(base.compute_logprobs(prompt(ids)).result()[1:], np.float32), forward_logprobs(fresh, ids))
     want = forward_logprobs(client, ids)
     for path in (client.save_weights_for_sampler("for-sampling").result().path, client.save_state("for-training").result().path):
-        by_path = service.create_sampling_client(model_path=path)
+        by_path = service.create_sampling_client(model_path=path).result()
         assert by_path.get_base_model() == "tiny"
         assert np.array_equal(np.array(by_path.compute_logprobs(prompt(ids)).result()[1:], np.float32), want)
     with pytest.raises(Exception, match="no-such"):
-        service.create_sampling_client(base_model="no-such-model")
+        service.create_sampling_client(base_model="no-such-model").result()
     with pytest.raises(Exception, match="missing"):
-        service.create_sampling_client(model_path="tinker://run/sampler_weights/missing")
+        service.create_sampling_client(model_path="tinker://run/sampler_weights/missing").result()
 
 
 def test_a_sampler_keeps_its_weights(service):
-    client = service.create_lora_training_client("tiny", rank=8, seed=1)
+    client = service.create_lora_training_client("tiny", rank=8, seed=1).result()
     ids = tokens(9, 15)
     samplers, at_the_time = [], []
     for i in range(4):
-        samplers.append(client.save_weights_and_get_sampling_client())
+        samplers.append(client.save_weights_and_get_sampling_client().result())
         at_the_time.append(forward_logprobs(client, ids))
         client.forward_backward([sft_datum(10, seed=i)], "cross_entropy")
         client.optim_step(adam()).result()

@@ -22,14 +22,14 @@ def train(client, steps, datum_seed=0, lr=1e-2):
 
 @pytest.mark.smoke
 def test_loss_falls(service):
-    client = service.create_lora_training_client("tiny", rank=8, seed=3)
+    client = service.create_lora_training_client("tiny", rank=8, seed=3).result()
     losses = train(client, 12)
     assert losses[-1] < 0.5 * losses[0], losses
     assert all(np.isfinite(losses))
 
 
 def test_model_info(service):
-    client = service.create_lora_training_client("tiny", rank=4, seed=1)
+    client = service.create_lora_training_client("tiny", rank=4, seed=1).result()
     info = client.get_info()
     assert info.model_data.model_name == "tiny"
     assert info.is_lora and info.lora_rank == 4
@@ -44,7 +44,7 @@ def test_capabilities(service):
 
 def test_tokenizer_is_found(service):
     pytest.importorskip("transformers")
-    client = service.create_lora_training_client("tiny", rank=4)
+    client = service.create_lora_training_client("tiny", rank=4).result()
     tok = client.get_tokenizer()
     assert tok.decode(tok.encode("Hello there")) == "Hello there"
 
@@ -55,14 +55,14 @@ def test_ranks_flags_and_seeds(service):
     variants = [dict(rank=1), dict(rank=2, train_attn=False), dict(rank=8, train_mlp=False),
                 dict(rank=3, train_unembed=False), dict(rank=32, train_attn=False, train_mlp=False)]
     futures = [service.create_lora_training_client("tiny", seed=7, **v) for v in variants]
-    clients = list(futures)
+    clients = [f.result() for f in futures]
     start = [forward_logprobs(c, ids) for c in clients]
     for lp in start[1:]:  # B = 0: no adapter changes the base model
         assert np.array_equal(lp, start[0])
     for client, variant in zip(clients, variants):
         losses = train(client, 4)
         assert losses[-1] < losses[0], (variant, losses)
-    a, b, c = (service.create_lora_training_client("tiny", rank=4, seed=s) for s in (5, 5, 6))
+    a, b, c = (service.create_lora_training_client("tiny", rank=4, seed=s).result() for s in (5, 5, 6))
     results = []
     for client in (a, b, c):
         train(client, 2)
@@ -74,7 +74,7 @@ def test_ranks_flags_and_seeds(service):
 def test_two_identical_runs_give_equal_numbers(service):
     runs = []
     for _ in range(2):
-        client = service.create_lora_training_client("tiny", rank=8, seed=11)
+        client = service.create_lora_training_client("tiny", rank=8, seed=11).result()
         losses = train(client, 5)
         runs.append((losses, forward_logprobs(client, tokens(20, 3)).tolist()))
     assert runs[0] == runs[1]
@@ -82,8 +82,8 @@ def test_two_identical_runs_give_equal_numbers(service):
 
 def test_forward_equals_forward_backward_and_leaves_no_gradient(service):
     data = [sft_datum(9, seed=1), sft_datum(5, seed=2)]
-    a = service.create_lora_training_client("tiny", rank=4, seed=2)
-    b = service.create_lora_training_client("tiny", rank=4, seed=2)
+    a = service.create_lora_training_client("tiny", rank=4, seed=2).result()
+    b = service.create_lora_training_client("tiny", rank=4, seed=2).result()
     for client in (a, b):  # away from B = 0
         train(client, 2)
     fwd = a.forward(data, "cross_entropy").result()
@@ -112,7 +112,7 @@ def test_forward_equals_forward_backward_and_leaves_no_gradient(service):
 ])
 def test_loss_values(service, loss_fn, config):
     """loss:sum is the published formula, applied to the logprobs that came back."""
-    client = service.create_lora_training_client("tiny", rank=4, seed=1)
+    client = service.create_lora_training_client("tiny", rank=4, seed=1).result()
     if loss_fn == "cross_entropy":
         data = [sft_datum(8, seed=i, weights=[1.0, -0.5, 0.0, 2.5, 1e-3, 0.25, -3.0, 1.0]) for i in range(3)]
     else:
@@ -134,7 +134,7 @@ def test_loss_values(service, loss_fn, config):
 def test_policy_losses_move_logprobs_the_right_way(service, loss_fn):
     """On-policy, a positive advantage raises the tokens' logprobs, a negative one lowers them."""
     for sign in (1.0, -1.0):
-        client = service.create_lora_training_client("tiny", rank=8, seed=4)
+        client = service.create_lora_training_client("tiny", rank=8, seed=4).result()
         ids = tokens(11, 9)
         before = forward_logprobs(client, ids)
         inputs = {"target_tokens": ids[1:], "logprobs": before.tolist(), "advantages": [sign] * 10}
@@ -149,7 +149,7 @@ def test_policy_losses_move_logprobs_the_right_way(service, loss_fn):
 
 def test_topk_targets(service):
     """Two-dimensional targets: logprobs of K tokens a position, soft targets, several K in one request, and CSR."""
-    client = service.create_lora_training_client("tiny", rank=4, seed=1)
+    client = service.create_lora_training_client("tiny", rank=4, seed=1).result()
     data = [topk_datum(6, 3, seed=1), topk_datum(4, 5, seed=2)]
     out = client.forward_backward(data, "cross_entropy").result()
     got = logprobs(out)
@@ -181,7 +181,7 @@ def test_gradients_accumulate(service):
     d1, d2 = sft_datum(9, seed=1), sft_datum(7, seed=2)
     results = []
     for calls in ([[d1], [d2]], [[d1, d2]], [[sft_datum(9, seed=1, weights=[0.5] * 9)]] * 2 + [[d2]]):
-        client = service.create_lora_training_client("tiny", rank=4, seed=9)
+        client = service.create_lora_training_client("tiny", rank=4, seed=9).result()
         train(client, 2)
         for data in calls:
             client.forward_backward(data, "cross_entropy").result()
@@ -193,7 +193,7 @@ def test_gradients_accumulate(service):
 
 def test_the_step_consumes_the_gradient(service):
     """After a step the gradient is gone: a second step moves the weights only along the old momentum."""
-    a, b = (service.create_lora_training_client("tiny", rank=4, seed=9) for _ in range(2))
+    a, b = (service.create_lora_training_client("tiny", rank=4, seed=9).result() for _ in range(2))
     for client in (a, b):
         client.forward_backward([sft_datum(9)], "cross_entropy").result()
         client.optim_step(adam()).result()
@@ -205,7 +205,7 @@ def test_the_step_consumes_the_gradient(service):
 
 
 def test_a_step_without_any_gradient(service):
-    client = service.create_lora_training_client("tiny", rank=4, seed=9)
+    client = service.create_lora_training_client("tiny", rank=4, seed=9).result()
     before = forward_logprobs(client, tokens(12))
     result = client.optim_step(types.AdamParams(learning_rate=1e-2)).result()
     assert result.metrics is None or all(np.isfinite(list(result.metrics.values())))
@@ -214,7 +214,7 @@ def test_a_step_without_any_gradient(service):
 
 def test_sdk_default_adam(service):
     """eps = 1e-12 and no epsilon games: the first step moves every weight that has a gradient by the learning rate."""
-    client = service.create_lora_training_client("tiny", rank=4, seed=9)
+    client = service.create_lora_training_client("tiny", rank=4, seed=9).result()
     losses = []
     for _ in range(6):
         losses.append(client.forward_backward([sft_datum(9)], "cross_entropy").result().metrics["loss:sum"])
@@ -226,12 +226,12 @@ def test_gradient_clipping_and_weight_decay(service):
     runs = {}
     for name, change in (("plain", {}), ("clipped", {"grad_clip_norm": 1e-3}), ("huge clip", {"grad_clip_norm": 1e9}),
                          ("decay", {"weight_decay": 0.5})):
-        client = service.create_lora_training_client("tiny", rank=4, seed=9)
+        client = service.create_lora_training_client("tiny", rank=4, seed=9).result()
         for _ in range(3):
             client.forward_backward([sft_datum(9)], "cross_entropy").result()
             metrics = client.optim_step(adam(eps=1e-2, **change)).result().metrics or {}
         runs[name] = (forward_logprobs(client, tokens(12)), metrics)
-    base = forward_logprobs(service.create_lora_training_client("tiny", rank=4, seed=9), tokens(12))
+    base = forward_logprobs(service.create_lora_training_client("tiny", rank=4, seed=9).result(), tokens(12))
     moved = {name: float(np.abs(lp - base).max()) for name, (lp, _) in runs.items()}
     assert np.array_equal(runs["plain"][0], runs["huge clip"][0])
     assert 0 < moved["clipped"] < 0.5 * moved["plain"], moved
@@ -245,7 +245,7 @@ def test_many_data_in_chunks(service, raw):
     n = min(2 * limit + 100, 5000)
     data = [types.Datum(model_input=prompt(tokens(2, i)), loss_fn_inputs={"target_tokens": tokens(2, i + 1),
                                                                           "weights": [1.0, 0.5]}) for i in range(n)]
-    client = service.create_lora_training_client("tiny", rank=2, seed=1)
+    client = service.create_lora_training_client("tiny", rank=2, seed=1).result()
     fb = client.forward_backward(data, "cross_entropy")
     step = client.optim_step(adam())
     out = fb.result()
@@ -253,7 +253,7 @@ def test_many_data_in_chunks(service, raw):
     got = logprobs(out)
     assert len(got) == n
     assert out.metrics["loss:sum"] == pytest.approx(expected_loss("cross_entropy", data, got), rel=1e-5)
-    other = service.create_lora_training_client("tiny", rank=2, seed=1)
+    other = service.create_lora_training_client("tiny", rank=2, seed=1).result()
     for i in (0, 1, limit - 1, limit, n - 1):  # a datum's numbers do not depend on its company
         alone = logprobs(other.forward([data[i]], "cross_entropy").result())[0]
         assert np.array_equal(alone, got[i]), i
@@ -261,7 +261,7 @@ def test_many_data_in_chunks(service, raw):
 
 def test_one_long_datum(service):
     """As long as the context allows; one more token is a clear error, and the model goes on."""
-    client = service.create_lora_training_client("tiny", rank=2, seed=1)
+    client = service.create_lora_training_client("tiny", rank=2, seed=1).result()
     out = client.forward_backward([sft_datum(512, seed=5)], "cross_entropy").result()
     assert logprobs(out)[0].shape == (512,)
     with pytest.raises(tinker.RequestFailedError) as error:
@@ -272,7 +272,7 @@ def test_one_long_datum(service):
 
 def test_pipelined_steps(service):
     """Everything submitted ahead of time runs in order and gives what waiting each time gives."""
-    a, b = (service.create_lora_training_client("tiny", rank=4, seed=9) for _ in range(2))
+    a, b = (service.create_lora_training_client("tiny", rank=4, seed=9).result() for _ in range(2))
     waited = train(a, 6)
     futures = []
     for _ in range(6):
@@ -284,7 +284,7 @@ def test_pipelined_steps(service):
 
 def test_errors_are_clear_and_leave_no_trace(service):
     """A failed request changes nothing, and later ones run."""
-    a, b = (service.create_lora_training_client("tiny", rank=4, seed=9) for _ in range(2))
+    a, b = (service.create_lora_training_client("tiny", rank=4, seed=9).result() for _ in range(2))
     good = sft_datum(9)
     ids = tokens(5)
 
@@ -322,7 +322,7 @@ def test_errors_are_clear_and_leave_no_trace(service):
 
 @pytest.mark.parametrize("change", [{"learning_rate": -1.0}, {"beta1": 1.0}, {"beta2": -0.1}, {"weight_decay": -1.0}])
 def test_bad_adam_parameters(service, change):
-    client = service.create_lora_training_client("tiny", rank=4, seed=9)
+    client = service.create_lora_training_client("tiny", rank=4, seed=9).result()
     client.forward_backward([sft_datum(9)], "cross_entropy").result()
     before = forward_logprobs(client, tokens(12))
     with pytest.raises(tinker.RequestFailedError) as error:
@@ -336,13 +336,13 @@ def test_bad_creations(service):
                        (dict(base_model="tiny", rank=100000), "rank"),
                        (dict(base_model="tiny", train_mlp=False, train_attn=False, train_unembed=False), "train_")):
         with pytest.raises(Exception) as error:
-            service.create_lora_training_client(**args).get_info()
+            service.create_lora_training_client(**args).result().get_info()
         assert word in str(error.value)
-    service.create_lora_training_client("tiny", rank=2)
+    service.create_lora_training_client("tiny", rank=2).result()
 
 
 def test_other_family(service):
-    client = service.create_lora_training_client("tiny-llama", rank=8, seed=1)
+    client = service.create_lora_training_client("tiny-llama", rank=8, seed=1).result()
     losses = train(client, 8)
     assert losses[-1] < 0.7 * losses[0]
 
@@ -350,7 +350,7 @@ def test_other_family(service):
 def test_custom_loss(service):
     """forward_backward_custom with the same loss as cross_entropy gives the same gradient, hence the same step."""
     torch = pytest.importorskip("torch")
-    a, b = (service.create_lora_training_client("tiny", rank=4, seed=9) for _ in range(2))
+    a, b = (service.create_lora_training_client("tiny", rank=4, seed=9).result() for _ in range(2))
     data = [sft_datum(9, seed=1), sft_datum(6, seed=2)]
 
     def loss(batch, lps):

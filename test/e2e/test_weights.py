@@ -40,17 +40,17 @@ def safetensors(data):
 def test_resume_is_bit_exact(service):
     """save, go on; load with the optimizer, go on again: the same losses to the last bit. In the same client, and in a new
     one. Loading the weights alone starts a fresh optimizer."""
-    client = service.create_lora_training_client("tiny", rank=8, seed=1)
+    client = service.create_lora_training_client("tiny", rank=8, seed=1).result()
     steps(client, range(3))
     path = client.save_state("middle").result().path
     assert path.startswith("tinker://") and path.endswith("/weights/middle")
     wanted = steps(client, range(3, 7))
     client.load_state_with_optimizer(path).result()
     assert steps(client, range(3, 7)) == wanted
-    resumed = service.create_training_client_from_state_with_optimizer(path)
+    resumed = service.create_training_client_from_state_with_optimizer(path).result()
     assert resumed.get_info().lora_rank == 8
     assert steps(resumed, range(3, 7)) == wanted
-    fresh = service.create_training_client_from_state(path)
+    fresh = service.create_training_client_from_state(path).result()
     losses = steps(fresh, range(3, 7))
     assert losses[0] == wanted[0] and losses[1:] != wanted[1:]
     client.load_state(path).result()
@@ -58,7 +58,7 @@ def test_resume_is_bit_exact(service):
 
 
 def test_loading_drops_the_gradient(service):
-    client = service.create_lora_training_client("tiny", rank=4, seed=1)
+    client = service.create_lora_training_client("tiny", rank=4, seed=1).result()
     steps(client, [0])
     path = client.save_state("clean").result().path
     wanted = steps(client, [1])
@@ -71,7 +71,7 @@ def test_loading_drops_the_gradient(service):
 
 def test_a_save_takes_its_place_in_the_order(service):
     """Submitted between steps without waiting, it holds the state between those steps."""
-    client = service.create_lora_training_client("tiny", rank=4, seed=1)
+    client = service.create_lora_training_client("tiny", rank=4, seed=1).result()
     futures, losses = [], []
     for i in range(4):
         losses.append(client.forward_backward([sft_datum(10, seed=0)], "cross_entropy"))
@@ -79,12 +79,12 @@ def test_a_save_takes_its_place_in_the_order(service):
         futures.append(client.save_state(f"step-{i}"))
     losses = [f.result().metrics["loss:sum"] for f in losses]
     for i, future in enumerate(futures[:3]):
-        other = service.create_training_client_from_state(future.result().path)
+        other = service.create_training_client_from_state(future.result().path).result()
         assert other.forward([sft_datum(10, seed=0)], "cross_entropy").result().metrics["loss:sum"] == losses[i + 1]
 
 
 def test_names_and_overwrite(service):
-    client = service.create_lora_training_client("tiny", rank=2, seed=1)
+    client = service.create_lora_training_client("tiny", rank=2, seed=1).result()
     client.save_state("a.b-c_1", user_metadata={"step": "1"}).result()
     with pytest.raises(tinker.RequestFailedError) as error:
         client.save_state("a.b-c_1").result()
@@ -93,7 +93,7 @@ def test_names_and_overwrite(service):
     steps(client, range(2))
     assert not np.array_equal(before, forward_logprobs(client, tokens(9)))
     path = client.save_state("a.b-c_1", overwrite=True, user_metadata={"step": "2"}).result().path
-    assert np.array_equal(forward_logprobs(service.create_training_client_from_state(path), tokens(9)),
+    assert np.array_equal(forward_logprobs(service.create_training_client_from_state(path).result(), tokens(9)),
                           forward_logprobs(client, tokens(9)))
     for name in ("..", ".hidden", "a/b", "", "x" * 200, "a b", "ü"):
         with pytest.raises(Exception) as error:
@@ -103,9 +103,9 @@ def test_names_and_overwrite(service):
 
 
 def test_loading_what_does_not_fit(service):
-    a = service.create_lora_training_client("tiny", rank=4, seed=1)
-    b = service.create_lora_training_client("tiny", rank=8, seed=1)
-    llama = service.create_lora_training_client("tiny-llama", rank=4, seed=1)
+    a = service.create_lora_training_client("tiny", rank=4, seed=1).result()
+    b = service.create_lora_training_client("tiny", rank=8, seed=1).result()
+    llama = service.create_lora_training_client("tiny-llama", rank=4, seed=1).result()
     path = a.save_state("rank-4").result().path
     sampler_path = a.save_weights_for_sampler("no-optimizer").result().path
     before = forward_logprobs(b, tokens(9))
@@ -117,12 +117,12 @@ def test_loading_what_does_not_fit(service):
     assert np.array_equal(before, forward_logprobs(b, tokens(9)))
     a.load_state(sampler_path).result()
     with pytest.raises(Exception):
-        service.create_training_client_from_state("tinker://no-such-run/weights/x").get_info()
+        service.create_training_client_from_state("tinker://no-such-run/weights/x").result().get_info()
 
 
 def test_lists(service):
     rest = service.create_rest_client()
-    client = service.create_lora_training_client("tiny", rank=4, seed=1, user_metadata={"purpose": "lists"})
+    client = service.create_lora_training_client("tiny", rank=4, seed=1, user_metadata={"purpose": "lists"}).result()
     run_id = client.get_info().model_id
     weights = client.save_state("w1", user_metadata={"k": "v"}).result().path
     sampler = client.save_weights_for_sampler("s1").result().path
@@ -158,7 +158,7 @@ def test_lists(service):
     assert session_id in rest.list_sessions(limit=500).result().sessions
     session = rest.get_session(session_id).result()
     assert run_id in session.training_run_ids
-    by_path = service.create_sampling_client(model_path=sampler)
+    by_path = service.create_sampling_client(model_path=sampler).result()
     assert by_path.sample(prompt(tokens(3)), 1, types.SamplingParams(max_tokens=1)).result().sequences
     again = rest.get_session(session_id).result()
     assert len(again.sampler_ids) >= 1
@@ -168,7 +168,7 @@ def test_lists(service):
 
 def test_publish_ttl_and_delete(service):
     rest = service.create_rest_client()
-    client = service.create_lora_training_client("tiny", rank=2, seed=1)
+    client = service.create_lora_training_client("tiny", rank=2, seed=1).result()
     run_id = client.get_info().model_id
     path = client.save_state("x", ttl_seconds=7200).result().path
 
@@ -197,7 +197,7 @@ def test_publish_ttl_and_delete(service):
 
 def test_external_weights_are_a_peft_folder(service):
     rest = service.create_rest_client()
-    client = service.create_lora_training_client("tiny", rank=4, seed=1)
+    client = service.create_lora_training_client("tiny", rank=4, seed=1).result()
     steps(client, range(3))
     path = client.save_weights_external("export").result().path
     answer = rest.get_external_weights_urls(path).result()
@@ -230,7 +230,7 @@ def test_fresh_adapters(service):
     rest = service.create_rest_client()
     exported = []
     for _ in range(2):
-        client = service.create_lora_training_client("tiny", rank=8, seed=77)
+        client = service.create_lora_training_client("tiny", rank=8, seed=77).result()
         path = client.save_weights_external("start").result().path
         url = rest.get_external_weights_urls(path).result().urls["adapter_model.safetensors"]
         with urllib.request.urlopen(url) as reply:
@@ -246,9 +246,9 @@ def test_fresh_adapters(service):
 
 def test_ending_a_session(server):
     service = tinker.ServiceClient(base_url=server.url)
-    client = service.create_lora_training_client("tiny", rank=2, seed=1)
+    client = service.create_lora_training_client("tiny", rank=2, seed=1).result()
     path = client.save_state("kept").result().path
     service.close("success", "done").result()
     other = tinker.ServiceClient(base_url=server.url)
-    assert other.create_training_client_from_state(path).get_info().lora_rank == 2
+    assert other.create_training_client_from_state(path).result().get_info().lora_rank == 2
     other.close("success").result()
