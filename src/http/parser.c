@@ -106,10 +106,17 @@ static int on_field(llhttp_t *ll, const char *at, size_t n)
     return text_append(p, at, n);
 }
 
+static bool field_open(const struct tb_http_parser *p)
+{
+    return p->n_fields < p->fields_cap && p->fields[p->n_fields].name_n > 0;
+}
+
 static int on_value(llhttp_t *ll, const char *at, size_t n)
 {
     struct tb_http_parser *p = ll->data;
     if (p->stage == STAGE_TRAILERS) return 0;
+    /* llhttp 8 accepts a line without a name, and then there was no on_field. */
+    if (!field_open(p)) return refuse(p, 400, "malformed header");
     struct field *f = &p->fields[p->n_fields];
     if (f->value_n == 0) f->value = (uint32_t)p->text_n;
     f->value_n += (uint32_t)n;
@@ -119,7 +126,9 @@ static int on_value(llhttp_t *ll, const char *at, size_t n)
 static int on_value_complete(llhttp_t *ll)
 {
     struct tb_http_parser *p = ll->data;
-    if (p->stage != STAGE_TRAILERS) p->n_fields++;
+    if (p->stage == STAGE_TRAILERS) return 0;
+    if (!field_open(p)) return refuse(p, 400, "malformed header");
+    p->n_fields++;
     return 0;
 }
 
