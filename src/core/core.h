@@ -88,7 +88,8 @@ enum tb_future_state {
     TB_FUTURE_UNKNOWN /* the id is malformed: 404 */
 };
 struct tb_waiter {
-    struct tb_list node; /* core's */
+    struct tb_list node, deadline_node; /* core's, with the next two */
+    struct tb_future *future;
     uint64_t deadline_ms;
     /* Called once: with DONE/FAILED and the op (borrowed during the call; core keeps it for
      * re-reads), or PENDING at the deadline (queue_state: "active", "paused_capacity",

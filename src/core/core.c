@@ -1,0 +1,252 @@
+/*
+ * Core: creation, options, engine tasks, the tick, statistics, closing. See core.h.
+ */
+#include <string.h>
+
+#include "core/core_internal.h"
+#include "util/clock.h"
+#include "util/log.h"
+#include "util/mem.h"
+
+static void close_if_idle(struct tb_core *c);
+
+/* ---- creation */
+
+static void tick(uv_timer_t *t)
+{
+    struct tb_core *c = t->data;
+    uint64_t now = tb_clock_ms();
+    tb_futures_expire(c, now);
+    tb_samplers_tick(c, now);
+    tb_sessions_tick(c, now);
+    tb_core_leave(c);
+}
+
+static uint64_t pick(uint64_t v, uint64_t def)
+{
+    return v ? v : def;
+}
+
+int tb_core_create(struct tb_core **out, uv_loop_t *loop, struct tb_engine *engine,
+                   struct tb_store *store, const struct tb_core_options *o, struct tb_error *err)
+{
+    static const struct tb_core_options none = {0};
+    if (!o) o = &none;
+    (void)err; /* nothing fails today */
+    struct tb_core *c = tb_calloc(1, sizeof(*c));
+    c->loop = loop;
+    c->engine = engine;
+    c->store = store;
+    c->o.session_lease_ms = pick(o->session_lease_ms, TB_SESSION_LEASE_MS);
+    c->o.long_poll_ms = pick(o->long_poll_ms, TB_LONG_POLL_MS);
+    c->o.result_ttl_ms = pick(o->result_ttl_ms, TB_RESULT_TTL_MS);
+    c->o.result_unread_ttl_ms = pick(o->result_unread_ttl_ms, TB_RESULT_UNREAD_TTL_MS);
+    c->o.max_queued_bytes = pick(o->max_queued_bytes, TB_MAX_QUEUED_BYTES);
+    struct tb_map *maps[] = {&c->session_map,  &c->model_map, &c->sampler_map, &c->future_map,
+                             &c->session_keys, &c->idem,      &c->versions,    &c->by_address};
+    for (size_t i = 0; i < TB_ARRAY_LEN(maps); i++)
+        tb_map_init(maps[i]);
+    tb_list_init(&c->sessions);
+    tb_list_init(&c->waiters);
+    tb_list_init(&c->unread);
+    tb_list_init(&c->read);
+    tb_list_init(&c->resolved);
+    tb_list_init(&c->answers);
+    uv_timer_init(loop, &c->wait_timer);
+    uv_timer_init(loop, &c->tick_timer);
+    c->wait_timer.data = c->tick_timer.data = c;
+    c->open_handles = 2;
+    uint64_t least =
+        TB_MIN(c->o.session_lease_ms, TB_MIN(c->o.result_ttl_ms, c->o.result_unread_ttl_ms));
+    uint64_t every = TB_MIN(TB_MAX(least / 4, 1), 1000);
+    uv_timer_start(&c->tick_timer, tick, every, every);
+    *out = c;
+    return 0;
+}
+
+struct tb_store *tb_core_store(struct tb_core *c)
+{
+    return c->store;
+}
+
+struct tb_engine *tb_core_engine(struct tb_core *c)
+{
+    return c->engine;
+}
+
+int tb_core_n_models(const struct tb_core *c)
+{
+    return tb_engine_n_models(c->engine);
+}
+
+void tb_core_served_model(const struct tb_core *c, int i, struct tb_served_model *out)
+{
+    const struct tb_model_info *info = tb_engine_model_info(c->engine, i);
+    *out = (struct tb_served_model){.name = info->name,
+                                    .dir = info->dir,
+                                    .arch = info->arch,
+                                    .tokenizer = tb_engine_model_tokenizer(c->engine, i),
+                                    .max_context = info->max_context,
+                                    .max_rank = info->max_rank,
+                                    .vocab = info->vocab};
+}
+
+void tb_core_stats(const struct tb_core *c, struct tb_core_stats *out)
+{
+    *out = c->stats;
+    out->models = c->model_map.n;
+    out->samplers = c->sampler_map.n;
+    out->queued_bytes = c->queued_bytes;
+}
+
+/* ---- the way out of every entry */
+
+void tb_core_leave(struct tb_core *c)
+{
+    if (c->leaving) return; /* an outer call of this function goes on with the list */
+    c->leaving = true;
+    while (!tb_list_empty(&c->resolved) || !tb_list_empty(&c->answers)) {
+        tb_futures_resolve(c);
+        tb_samplers_answer(c);
+    }
+    c->leaving = false;
+    if (c->closing) close_if_idle(c);
+}
+
+/* ---- engine tasks */
+
+struct tb_task *tb_core_task(enum tb_task_type type, int engine_model)
+{
+    struct tb_task *t = tb_task_create(type);
+    t->model = engine_model;
+    return t;
+}
+
+static void future_task_done(struct tb_task *t)
+{
+    struct tb_future *f = t->arg;
+    struct tb_core *c = f->core;
+    c->n_async--;
+    f->task = NULL;
+    f->step(f, t);
+    tb_task_destroy(t);
+    tb_core_leave(c);
+}
+
+void tb_core_run(struct tb_future *f, struct tb_task *t,
+                 void (*step)(struct tb_future *f, struct tb_task *t))
+{
+    t->cb = future_task_done;
+    t->arg = f;
+    f->task = t;
+    f->step = step;
+    f->core->n_async++;
+    tb_engine_submit(f->core->engine, t);
+}
+
+static void free_task_done(struct tb_task *t)
+{
+    struct tb_core *c = t->arg;
+    c->n_async--;
+    const struct tb_error *e = tb_task_error(t);
+    if (e->code) tb_log(TB_LOG_WARN, "core", "engine task failed: %s", e->msg);
+    tb_task_destroy(t);
+    tb_core_leave(c);
+}
+
+void tb_core_run_free(struct tb_core *c, struct tb_task *t)
+{
+    t->cb = free_task_done;
+    t->arg = c;
+    c->n_async++;
+    tb_engine_submit(c->engine, t);
+}
+
+/* ---- submits */
+
+int tb_core_admit(struct tb_core *c, const struct tb_op *op, bool in_turn, struct tb_error *err)
+{
+    size_t max = c->o.max_queued_bytes;
+    if (c->queued_bytes == 0 || in_turn) return 0;
+    if (op->body_bytes <= max && c->queued_bytes <= max - op->body_bytes) return 0;
+    return tb_error_set(err, TB_EBUSY,
+                        "the server's queues are full (%zu bytes wait, %zu are allowed); try again",
+                        c->queued_bytes, max);
+}
+
+int tb_core_submit(struct tb_core *c, struct tb_op *op, struct tb_ticket *out, struct tb_error *err)
+{
+    bool kept = false;
+    int rc;
+    memset(out, 0, sizeof(*out));
+    enum tb_op_type type = op->type;
+    if (c->closing)
+        rc = tb_error_set(err, TB_EBUSY, "the server is stopping");
+    else if (type == TB_OP_SAMPLE)
+        rc = tb_sampler_submit(c, op, out, &kept, err);
+    else if (type == TB_OP_CREATE_MODEL || (type == TB_OP_LOAD_WEIGHTS && !op->model_id))
+        rc = tb_model_submit_create(c, op, out, &kept, err);
+    else
+        rc = tb_model_submit(c, op, out, &kept, err);
+    if (!kept) tb_op_destroy(op);
+    if (kept) c->stats.submitted[type]++;
+    tb_core_leave(c);
+    return rc;
+}
+
+/* ---- closing */
+
+void tb_core_drain(struct tb_core *c)
+{
+    c->draining = true;
+    tb_waiters_all_pending(c);
+}
+
+static void core_free(struct tb_core *c)
+{
+    size_t it = 0, n;
+    const char *key;
+    void *v;
+    while (tb_map_next(&c->future_map, &it, &key, &n, &v))
+        tb_future_destroy(v);
+    while (!tb_list_empty(&c->sessions))
+        tb_session_destroy(TB_LIST_ENTRY(c->sessions.next, struct tb_core_session, node));
+    TB_BUG_ON(c->model_map.n || c->sampler_map.n || c->versions.n || c->by_address.n);
+    struct tb_map *maps[] = {&c->session_map,  &c->model_map, &c->sampler_map, &c->future_map,
+                             &c->session_keys, &c->idem,      &c->versions,    &c->by_address};
+    for (size_t i = 0; i < TB_ARRAY_LEN(maps); i++)
+        tb_map_fini(maps[i]);
+    void (*cb)(void *) = c->close_cb;
+    void *arg = c->close_arg;
+    tb_free(c);
+    if (cb) cb(arg);
+}
+
+static void handle_closed(uv_handle_t *h)
+{
+    struct tb_core *c = h->data;
+    if (--c->open_handles == 0) core_free(c);
+}
+
+static void close_if_idle(struct tb_core *c)
+{
+    if (c->closed || c->n_async) return;
+    c->closed = true;
+    uv_close((uv_handle_t *)&c->wait_timer, handle_closed);
+    uv_close((uv_handle_t *)&c->tick_timer, handle_closed);
+}
+
+void tb_core_close(struct tb_core *c, void (*cb)(void *arg), void *arg)
+{
+    c->closing = true;
+    c->close_cb = cb;
+    c->close_arg = arg;
+    uv_timer_stop(&c->tick_timer);
+    tb_core_drain(c);
+    TB_LIST_FOREACH (n, &c->sessions) {
+        struct tb_core_session *s = TB_LIST_ENTRY(n, struct tb_core_session, node);
+        if (!s->ended)
+            tb_session_end(s, "cancelled", NULL, "the server stopped", "the server stopped");
+    }
+    tb_core_leave(c);
+}
