@@ -139,7 +139,7 @@ void tb_jout_raw(struct tb_json_out *j, const char *key, const char *json)
 }
 
 /* Decimal digits of v, right-aligned in a 20-byte field; returns where they begin. */
-static char *digits(uint64_t v, char end_of_field[])
+static char *digits(uint64_t v, char *end_of_field)
 {
     char *p = end_of_field;
     do {
