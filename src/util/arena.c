@@ -140,6 +140,7 @@ char *tb_arena_strdup(struct tb_arena *a, const char *s)
 char *tb_arena_printf(struct tb_arena *a, const char *fmt, ...)
 {
     va_list ap, again;
+    TB_BUG_ON(!fmt);
     va_start(ap, fmt);
     va_copy(again, ap);
     int n = vsnprintf(NULL, 0, fmt, ap);

@@ -40,20 +40,22 @@ void tb_mem_fail_after(long n)
     atomic_store(&fail_after, n > 0 ? n : 0);
 }
 
+/* Sizes beyond PTRDIFF_MAX are refused here: sanitizers report them instead of returning NULL. */
 void *tb_try_malloc(size_t n)
 {
-    return must_fail() ? NULL : malloc(n ? n : 1);
+    return must_fail() || n > PTRDIFF_MAX ? NULL : malloc(n ? n : 1);
 }
 
 void *tb_try_calloc(size_t n, size_t size)
 {
-    if (must_fail()) return NULL;
-    return n && size ? calloc(n, size) : calloc(1, 1);
+    size_t bytes;
+    if (must_fail() || !tb_mul_size(n, size, &bytes) || bytes > PTRDIFF_MAX) return NULL;
+    return bytes ? calloc(n, size) : calloc(1, 1);
 }
 
 void *tb_try_realloc(void *p, size_t n)
 {
-    return must_fail() ? NULL : realloc(p, n ? n : 1);
+    return must_fail() || n > PTRDIFF_MAX ? NULL : realloc(p, n ? n : 1);
 }
 
 void *tb_malloc(size_t n)

@@ -219,9 +219,10 @@ const char *reply_field(const struct reply *r, const char *name, char *out, size
 /* Undoes chunks in place. False while they are incomplete. */
 static bool unchunk(char *p, size_t n, char **body, size_t *body_n, size_t *used)
 {
+    if (!p) return false;
     char *out = tb_malloc(n + 1);
     size_t at = 0, k = 0;
-    for (;;) {
+    while (at < n) {
         char *lf = memchr(p + at, '\n', n - at);
         if (!lf) break;
         char *end;

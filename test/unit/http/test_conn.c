@@ -352,10 +352,17 @@ static void on_closed(void *arg)
     f->n_closed++;
 }
 
+static void no_answer(struct tb_http_request *req)
+{
+    ((struct fixture *)req->user)->n_aborted++;
+}
+
 static void close_then_answer(void *arg, struct tb_http_request *req)
 {
     struct fixture *f = arg;
     f->n_held++;
+    req->user = f;
+    req->on_abort = no_answer;
     tb_http_server_close(f->s, on_closed, f);
     if (req->path.n > 2) tb_http_respond(req, 200, NULL, "x", 1, NULL, 0);
 }
@@ -374,6 +381,7 @@ static void test_close_from_a_handler(void **state)
             uv_run(&f.loop, UV_RUN_NOWAIT);
         assert_int_equal(f.n_closed, 1);
         assert_int_equal(f.n_held, 1);
+        assert_int_equal(f.n_aborted, i ? 0 : 1);
         f.s = NULL;
         client_expect_eof(c);
         fx_stop(&f);

@@ -45,6 +45,10 @@ static void test_sizes(void **state)
     assert_true(tb_add_size(SIZE_MAX - 1, 1, &v));
     assert_true(v == SIZE_MAX);
     assert_false(tb_add_size(SIZE_MAX, 1, &v));
+    assert_null(tb_try_malloc(SIZE_MAX));
+    assert_null(tb_try_calloc(SIZE_MAX / 2, 4));
+    assert_null(tb_try_calloc(SIZE_MAX, 1));
+    assert_null(tb_try_realloc(NULL, SIZE_MAX - 100));
     void *zero[] = {tb_malloc(0), tb_calloc(0, 8), tb_try_malloc(0), tb_try_calloc(8, 0),
                     tb_realloc(NULL, 0)};
     for (size_t i = 0; i < TB_ARRAY_LEN(zero); i++) {
