@@ -5,44 +5,21 @@
  *
  * The tokenizer owns its table and one pool of bytes. Thread: any, after creation.
  */
-#include "tokenizer/tokenizer.h"
-
 #include <errno.h>
-#include <jansson.h>
 #include <stdio.h>
 #include <string.h>
 
+#include "tokenizer/internal.h"
 #include "util/mem.h"
 
-#define MAX_FILE     (256u << 20)
-#define MAX_ID       ((1 << 24) - 1) /* an id above this is taken for a damaged file */
-#define NOT_MAPPED   0xFFFF
-#define BYTE_MAP_MAX 324 /* code points U+0000 to U+0143 spell the bytes */
-
-enum token_flags { TOKEN_USED = 1, TOKEN_ADDED = 2, TOKEN_SPECIAL = 4 };
-
-struct token {
-    uint32_t at, n; /* in pool */
-    uint8_t flags;
-};
-
-struct tb_tokenizer {
-    int32_t n; /* rows of tokens: the highest id + 1 */
-    int32_t n_added;
-    int32_t eos;
-    struct token *tokens; /* [n] */
-    int32_t *added;       /* [n_added] ids in file order */
-    char *pool;
-    size_t pool_n, pool_cap;
-    bool byte_level; /* else SentencePiece-style */
-    uint16_t map[BYTE_MAP_MAX];
-};
+#define MAX_FILE   (256u << 20)
+#define NOT_MAPPED 0xFFFF
 
 /* Bytes 33-126, 161-172 and 174-255 are their own character; the other 68 follow from U+0100. */
-static void init_byte_map(uint16_t map[BYTE_MAP_MAX])
+static void init_byte_map(uint16_t map[TB_BYTE_MAP_MAX])
 {
     unsigned next = 256;
-    for (unsigned i = 0; i < BYTE_MAP_MAX; i++)
+    for (unsigned i = 0; i < TB_BYTE_MAP_MAX; i++)
         map[i] = NOT_MAPPED;
     for (unsigned b = 0; b < 256; b++) {
         bool plain = (b >= 33 && b <= 126) || (b >= 161 && b <= 172) || b >= 174;
@@ -65,10 +42,8 @@ static char *pool_room(struct tb_tokenizer *t, size_t n)
     return t->pool + t->pool_n;
 }
 
-/* s holds valid UTF-8 (jansson checked it). The bytes that a byte-level token stands for; out has
- * room for n. False when a character is not in the byte map: then the token stands for its own
- * UTF-8. */
-static bool unmap_bytes(const struct tb_tokenizer *t, const char *s, size_t n, char *out,
+/* s holds valid UTF-8: jansson checked it. */
+bool tb_tokenizer_unmap(const struct tb_tokenizer *t, const char *s, size_t n, char *out,
                         size_t *n_out)
 {
     const unsigned char *u = (const unsigned char *)s;
@@ -83,7 +58,7 @@ static bool unmap_bytes(const struct tb_tokenizer *t, const char *s, size_t n, c
         } else {
             return false;
         }
-        if (c >= BYTE_MAP_MAX || t->map[c] == NOT_MAPPED) return false;
+        if (c >= TB_BYTE_MAP_MAX || t->map[c] == NOT_MAPPED) return false;
         out[k++] = (char)t->map[c];
     }
     *n_out = k;
@@ -118,17 +93,17 @@ static size_t unmap_sentencepiece(const char *s, size_t n, char *out)
 
 static int put_token(struct tb_tokenizer *t, int32_t id, const char *s, size_t n, unsigned flags)
 {
-    struct token *tok = &t->tokens[id];
+    struct tb_token *tok = &t->tokens[id];
     char *p = pool_room(t, n);
     if (!p) return TB_ENOMEM;
     tok->at = (uint32_t)t->pool_n;
-    tok->flags = (uint8_t)(TOKEN_USED | flags);
+    tok->flags = (uint8_t)(TB_TOKEN_USED | flags);
     size_t k = n;
-    if (flags & TOKEN_ADDED)
+    if (flags & TB_TOKEN_ADDED)
         memcpy(p, s, n);
     else if (!t->byte_level)
         k = unmap_sentencepiece(s, n, p);
-    else if (!unmap_bytes(t, s, n, p, &k))
+    else if (!tb_tokenizer_unmap(t, s, n, p, &k))
         memcpy(p, s, k = n);
     tok->n = (uint32_t)k;
     t->pool_n += k;
@@ -177,9 +152,9 @@ static int check_kind(struct tb_tokenizer *t, const char *name, const json_t *ro
 static int check_id(const char *name, const char *where, const json_t *v, int32_t *highest,
                     struct tb_error *e)
 {
-    if (!json_is_integer(v) || json_integer_value(v) < 0 || json_integer_value(v) > MAX_ID)
+    if (!json_is_integer(v) || json_integer_value(v) < 0 || json_integer_value(v) > TB_MAX_TOKEN_ID)
         return tb_error_set(e, TB_ECORRUPT, "%s: %s is not a token id (0 to %d)", name, where,
-                            MAX_ID);
+                            TB_MAX_TOKEN_ID);
     if (json_integer_value(v) > *highest) *highest = (int32_t)json_integer_value(v);
     return 0;
 }
@@ -237,12 +212,12 @@ static int load_tokens(struct tb_tokenizer *t, const char *name, json_t *vocab, 
     for (int32_t i = 0; i < t->n_added; i++) {
         const json_t *a = json_array_get(added, (size_t)i), *c = json_object_get(a, "content");
         int32_t id = (int32_t)json_integer_value(json_object_get(a, "id"));
-        unsigned special = json_is_true(json_object_get(a, "special")) ? TOKEN_SPECIAL : 0;
-        if (t->tokens[id].flags & TOKEN_ADDED)
+        unsigned special = json_is_true(json_object_get(a, "special")) ? TB_TOKEN_SPECIAL : 0;
+        if (t->tokens[id].flags & TB_TOKEN_ADDED)
             return tb_error_set(e, TB_ECORRUPT, "%s: added_tokens has two tokens with id %d", name,
                                 id);
         t->added[i] = id;
-        if (put_token(t, id, json_string_value(c), json_string_length(c), TOKEN_ADDED | special))
+        if (put_token(t, id, json_string_value(c), json_string_length(c), TB_TOKEN_ADDED | special))
             goto nomem;
     }
     return 0;
@@ -258,6 +233,21 @@ static json_t *parse(const char *name, struct tb_span text, struct tb_error *e)
         tb_error_set(e, TB_ECORRUPT, "%s: not JSON: %s (line %d, column %d)", name, je.text,
                      je.line, je.column);
     return root;
+}
+
+/* A file whose text steps are not served can still decode; the reason is kept for who wants to
+ * encode. */
+static int load_encoder(struct tb_tokenizer *t, const char *name, json_t *root, const json_t *model,
+                        struct tb_error *e)
+{
+    struct tb_error why = {0};
+    int rc = tb_encoder_create(t, name, root, &t->encoder, &why);
+    if (!rc) rc = tb_bpe_create(t, name, model, &t->bpe, &why);
+    if (rc == TB_EUNSUPPORTED) {
+        t->no_encode = tb_strdup(why.msg);
+        return 0;
+    }
+    return rc ? tb_error_set(e, rc, "%s", why.msg) : 0;
 }
 
 int tb_tokenizer_create_from_json(const char *name, struct tb_span json, struct tb_tokenizer **out,
@@ -287,6 +277,7 @@ int tb_tokenizer_create_from_json(const char *name, struct tb_span json, struct 
         goto out;
     }
     if ((rc = load_tokens(t, name, vocab, added, e))) goto out;
+    if ((rc = load_encoder(t, name, root, model, e))) goto out;
     *out = t;
     t = NULL;
 out:
@@ -373,6 +364,9 @@ void tb_tokenizer_destroy(struct tb_tokenizer *t)
     tb_free(t->tokens);
     tb_free(t->added);
     tb_free(t->pool);
+    tb_free(t->no_encode);
+    tb_bpe_destroy(t->bpe);
+    tb_encoder_destroy(t->encoder);
     tb_free(t);
 }
 
@@ -391,13 +385,13 @@ int tb_tokenizer_token_bytes(const struct tb_tokenizer *t, int32_t id, struct tb
 
 bool tb_tokenizer_is_special(const struct tb_tokenizer *t, int32_t id)
 {
-    return id >= 0 && id < t->n && (t->tokens[id].flags & TOKEN_SPECIAL);
+    return id >= 0 && id < t->n && (t->tokens[id].flags & TB_TOKEN_SPECIAL);
 }
 
 int32_t tb_tokenizer_added_id(const struct tb_tokenizer *t, struct tb_span content)
 {
     for (int32_t i = 0; i < t->n_added; i++) {
-        const struct token *tok = &t->tokens[t->added[i]];
+        const struct tb_token *tok = &t->tokens[t->added[i]];
         if (tok->n == content.n &&
             (content.n == 0 || memcmp(t->pool + tok->at, content.p, tok->n) == 0))
             return t->added[i];

@@ -47,6 +47,28 @@ int32_t tb_tokenizer_added_id(const struct tb_tokenizer *t, struct tb_span conte
 /* eos_token of tokenizer_config.json as an id, or -1. */
 int32_t tb_tokenizer_eos_id(const struct tb_tokenizer *t);
 
+/* A growing list of ids. */
+struct tb_ids {
+    int32_t *p;
+    size_t n, cap;
+};
+void tb_ids_init(struct tb_ids *v);
+void tb_ids_fini(struct tb_ids *v);
+int tb_ids_push(struct tb_ids *v, int32_t id); /* 0 or TB_ENOMEM */
+
+enum tb_encode_flags {
+    TB_ENCODE_TEMPLATE =
+        1, /* put the file's special tokens around the text (Llama-3's begin of text) */
+    TB_ENCODE_PLAIN =
+        2, /* added tokens in the text are text: what users write cannot inject them */
+};
+/* Appends the ids of text (UTF-8) to out, as the Hugging Face tokenizers library gives them. On
+ * failure out is as it was: TB_EINVAL for text that is not UTF-8, TB_EUNSUPPORTED (with the file's
+ * name and key) for a tokenizer that can only decode. Costs O(n log n); long texts belong in a
+ * worker. */
+int tb_tokenizer_encode(const struct tb_tokenizer *t, struct tb_span text, unsigned flags,
+                        struct tb_ids *out, struct tb_error *e);
+
 /* The end of a run of bytes that is an incomplete UTF-8 sequence (0 to 3 bytes): what a stream of
  * text holds back until the next token. An invalid tail is not held back. */
 size_t tb_utf8_incomplete_tail(const char *p, size_t n);
