@@ -87,12 +87,12 @@ static const char *const texts[TB_SQL_N] = {
                         " WHERE run_id = ?1 AND kind = ?2 AND name = ?3",
     [TB_SQL_LAST_CKPT] =
         "SELECT " TB_CKPT_COLUMNS " FROM checkpoints WHERE run_id = ?2 AND kind = ?3"
-        " AND " LIVE " ORDER BY time_us DESC, rowid DESC LIMIT 1",
+        " AND " LIVE " ORDER BY time_us DESC, expires_us DESC, rowid DESC LIMIT 1",
     [TB_SQL_LIST_CKPTS] = "SELECT " TB_CKPT_COLUMNS " FROM checkpoints WHERE " LIVE
-                          " ORDER BY time_us DESC, rowid DESC LIMIT ?2 OFFSET ?3",
+                          " ORDER BY time_us DESC, expires_us DESC, rowid DESC LIMIT ?2 OFFSET ?3",
     [TB_SQL_LIST_RUN_CKPTS] =
         "SELECT " TB_CKPT_COLUMNS " FROM checkpoints WHERE run_id = ?4 AND " LIVE
-        " ORDER BY time_us DESC, rowid DESC LIMIT ?2 OFFSET ?3",
+        " ORDER BY time_us DESC, expires_us DESC, rowid DESC LIMIT ?2 OFFSET ?3",
     /* both counts walk an index only; expired rows are few, as the sweep takes them */
     [TB_SQL_COUNT_CKPTS] = "SELECT (SELECT COUNT(*) FROM checkpoints) - (SELECT COUNT(*) FROM"
                            " checkpoints WHERE expires_us > 0 AND expires_us <= ?1)",
