@@ -1,0 +1,57 @@
+/* The operator's face: GET /metrics in Prometheus' text form, /healthz. No key is needed for
+ * either. */
+#include "api/internal.h"
+#include "api/tinker/tinker.h"
+#include "util/mem.h"
+
+static void put_type(struct tb_buf *b, const char *name, const char *type, const char *help)
+{
+    tb_buf_printf(b, "# HELP tinkerbell_%s %s\n# TYPE tinkerbell_%s %s\n", name, help, name, type);
+}
+
+static void put_gauge(struct tb_buf *b, const char *name, const char *help, uint64_t v)
+{
+    put_type(b, name, "gauge", help);
+    tb_buf_printf(b, "tinkerbell_%s %llu\n", name, (unsigned long long)v);
+}
+
+static void put_by_type(struct tb_buf *b, const char *name, const char *help,
+                        const uint64_t v[TB_OP_N_TYPES])
+{
+    put_type(b, name, "counter", help);
+    for (int t = 0; t < TB_OP_N_TYPES; t++)
+        tb_buf_printf(b, "tinkerbell_%s{type=\"%s\"} %llu\n", name,
+                      tb_op_type_name((enum tb_op_type)t), (unsigned long long)v[t]);
+}
+
+static void metrics(struct tb_api *a, struct tb_http_request *req, const struct tb_route_match *m)
+{
+    struct tb_core_stats s = {0};
+    struct tb_buf b;
+    (void)m;
+    tb_core_stats(tb_api_core(a), &s);
+    tb_buf_init(&b, 64 * 1024);
+    put_type(&b, "info", "gauge", "The running version.");
+    tb_buf_printf(&b, "tinkerbell_info{version=\"%s\"} 1\n", tb_api_options_get(a)->version);
+    put_gauge(&b, "sessions", "Live sessions.", s.sessions);
+    put_gauge(&b, "models", "Live models.", s.models);
+    put_gauge(&b, "samplers", "Live sampling sessions.", s.samplers);
+    put_gauge(&b, "futures_pending", "Requests without a result yet.", s.futures_pending);
+    put_gauge(&b, "futures_done", "Results that can still be fetched.", s.futures_done);
+    put_gauge(&b, "waiters", "Long polls being held.", s.waiters);
+    put_gauge(&b, "queued_bytes", "Bytes of requests waiting in queues.", s.queued_bytes);
+    put_by_type(&b, "ops_submitted_total", "Requests taken, by type.", s.submitted);
+    put_by_type(&b, "ops_executed_total", "Requests that ran, by type.", s.executed);
+    put_by_type(&b, "ops_failed_total", "Requests that failed, by type.", s.failed);
+    size_t n;
+    char *p = tb_buf_steal(&b, &n);
+    tb_http_respond_owned(req, 200, "text/plain; version=0.0.4; charset=utf-8", p, n, tb_free, p,
+                          NULL, 0);
+}
+
+static const struct tb_route ROUTES[] = {
+    {.method = TB_HTTP_GET, .pattern = "/metrics", .handle = metrics, .open = true},
+    {.method = TB_HTTP_GET, .pattern = "/healthz", .handle = tb_tinker_healthz, .open = true},
+};
+
+const struct tb_face tb_face_admin = {"admin", ROUTES, TB_ARRAY_LEN(ROUTES)};

@@ -1,0 +1,128 @@
+/*
+ * From a request's body to an op in core's hands: small bodies are decoded at once, large or
+ * compressed ones in the uv pool. The request stays valid until it is answered (no on_abort is
+ * set), so the pool reads its body in place; the loop's thread leaves the request alone meanwhile.
+ */
+#include <string.h>
+
+#include "api/tinker/tinker.h"
+#include "util/mem.h"
+
+enum { DECODE_INLINE = 64 * 1024 };
+
+struct submit {
+    uv_work_t work;
+    struct tb_api *a;
+    struct tb_http_request *req;
+    tb_decoder decode;
+    struct tb_body body;
+    enum tb_encoding encoding;
+    size_t max_body;
+    struct tb_op *op;
+    struct tb_error err;
+    int rc;
+};
+
+static void decode(struct submit *s)
+{
+    char *plain = NULL;
+    if (s->encoding != TB_ENC_IDENTITY) {
+        size_t n = 0;
+        s->rc = tb_inflate(s->encoding, s->body.bytes.p, s->body.bytes.n, s->max_body, &plain, &n,
+                           &s->err);
+        if (s->rc) return;
+        s->body.bytes = (struct tb_span){plain, n};
+    }
+    s->rc = s->decode(&s->body, &s->op, &s->err);
+    tb_free(plain);
+}
+
+/* Before sessions (SDK 0.1.5) a model made its own; a repeat of the request finds the same one. */
+static int make_session(struct submit *s)
+{
+    struct tb_session_params p = {.sdk_version = "0.1", .idempotency_key = s->body.idempotency_key};
+    const char *id;
+    int rc = tb_core_create_session(tb_api_core(s->a), &p, &id, &s->err);
+    if (rc == 0) s->op->session_id = tb_arena_strdup(&s->op->arena, id);
+    return rc;
+}
+
+static void answer(struct tb_http_request *req, enum tb_op_type type, const struct tb_ticket *t,
+                   bool creates, int32_t n_samples)
+{
+    struct tb_buf b;
+    struct tb_json_out j;
+    char id[2 * TB_MAX_ID];
+    tb_api_answer_begin(&b, &j);
+    tb_jout_str(&j, "request_id", t->request_id);
+    if (creates && t->model_id) tb_jout_str(&j, "model_id", t->model_id);
+    if (type == TB_OP_SAMPLE) {
+        tb_jout_array(&j, "sample_sequence_ids");
+        for (int32_t i = 0; i < n_samples; i++) {
+            snprintf(id, sizeof(id), "%s/%d", t->request_id, i);
+            tb_jout_str(&j, NULL, id);
+        }
+        tb_jout_array_end(&j);
+    }
+    tb_jout_object_end(&j);
+    tb_api_answer(req, 200, &b);
+}
+
+static void finish(struct submit *s)
+{
+    struct tb_op *op = s->op;
+    struct tb_ticket t = {0};
+    if (s->rc == 0 && op->type == TB_OP_CREATE_MODEL && !op->session_id) s->rc = make_session(s);
+    if (s->rc == 0) {
+        enum tb_op_type type = op->type;
+        bool creates = op->model_seq_id >= 0;
+        int32_t n_samples = type == TB_OP_SAMPLE ? op->u.sample.n_samples : 0;
+        s->op = NULL; /* moves, also when it is refused */
+        s->rc = tb_core_submit(tb_api_core(s->a), op, &t, &s->err);
+        if (s->rc == 0) answer(s->req, type, &t, creates, n_samples);
+    }
+    if (s->rc) tb_api_error(s->req, &s->err);
+    tb_op_destroy(s->op);
+}
+
+static void on_work(uv_work_t *w)
+{
+    decode(TB_CONTAINER_OF(w, struct submit, work));
+}
+
+static void on_done(uv_work_t *w, int status)
+{
+    struct submit *s = TB_CONTAINER_OF(w, struct submit, work);
+    struct tb_api *a = s->a;
+    if (status) s->rc = tb_error_set(&s->err, TB_ECANCELED, "decoding was canceled");
+    finish(s);
+    tb_free(s);
+    tb_api_work_end(a);
+}
+
+void tb_tinker_submit(struct tb_api *a, struct tb_http_request *req, tb_decoder decoder)
+{
+    struct submit *s = tb_calloc(1, sizeof(*s));
+    struct tb_span type = tb_http_header_get(req, "Content-Type");
+    s->a = a;
+    s->req = req;
+    s->decode = decoder;
+    s->body = (struct tb_body){.bytes = req->body,
+                               .proto = tb_span_icontains(type, "x-protobuf"),
+                               .idempotency_key = tb_api_idempotency_key(req)};
+    s->max_body = TB_MIN(tb_api_options_get(a)->max_body, (size_t)TB_MAX_INFLATE_RATIO_BODY);
+    s->rc = tb_encoding_parse(tb_http_header_get(req, "Content-Encoding"), &s->encoding, &s->err);
+    if (s->rc == 0 && (req->body.n > DECODE_INLINE || s->encoding != TB_ENC_IDENTITY)) {
+        tb_api_work_begin(a);
+        int rc = uv_queue_work(tb_api_loop(a), &s->work, on_work, on_done);
+        if (rc == 0) return;
+        s->rc = tb_error_set(&s->err, TB_EINTERNAL, "cannot queue work: %s", uv_strerror(rc));
+        finish(s);
+        tb_free(s);
+        tb_api_work_end(a);
+        return;
+    }
+    if (s->rc == 0) decode(s);
+    finish(s);
+    tb_free(s);
+}
