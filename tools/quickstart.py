@@ -295,11 +295,10 @@ def main():
     text = Text(args.tokenizer)
     import tinker
 
-    service = tinker.ServiceClient()
-    served = [m.model_name for m in service.get_server_capabilities().supported_models]
+    served = [m.model_name for m in tinker.RestClient().get_server_capabilities().result().supported_models]
     if args.model not in served:
         raise Failure(f"the server does not serve {args.model}, but {', '.join(map(str, served))}")
-    run = Run(service, args.model, text)
+    run = Run(tinker.ServiceClient(), args.model, text)
     print("supervised: a new style of answer")
     loss = run.supervised(max(1, args.steps * 2 // 3))
     print("RL: additions, reward 1 for a right answer")
