@@ -44,7 +44,9 @@ struct step {
     int32_t *tokens, *pos;
     struct tb_attn_seq *seqs;
     struct tb_lora_rows *lora, *out_lora;
-    int n_out, n_single; /* rows with logits; the first n_single draw one token each */
+    int n_out; /* rows with logits: those that score a prompt, then n_single that draw one token
+                  each, then ends of prompts with several samples */
+    int n_score, n_single;
     struct out_row *out;
     struct tb_draw *draws; /* [head_rows] */
     int32_t *drawn;        /* [head_rows] */
@@ -273,26 +275,30 @@ static struct tb_seq *single_draw(const struct entry *e)
     return e->q->s->req->n_samples == 1 ? &e->q->s->seqs[0] : NULL;
 }
 
-/* Lists the rows that need logits, single draws first, and gathers their final norm into p->h. */
+/* Lists the rows that need logits and gathers their final norm into p->h. Scores come first: a
+ * sample's last token may complete the op. */
 static void gather_out(struct step *st, struct tb_pass *p)
 {
     struct tb_model *m = st->m;
     for (int i = 0; i < st->n; i++) {
         const struct entry *e = &st->entries[i];
+        const struct tb_sampling *s = e->q->s;
+        int from = TB_MAX(s->score_from, e->q->n_kv),
+            to = TB_MIN(s->n_prompt - 1, e->q->n_kv + e->n);
+        for (int at = from; e->q->index < 0 && at < to; at++)
+            st->out[st->n_out++] = (struct out_row){e->q, e->row + at - e->q->n_kv, at};
+    }
+    st->n_score = st->n_out;
+    for (int i = 0; i < st->n; i++) {
+        const struct entry *e = &st->entries[i];
         struct tb_seq *q = single_draw(e);
         if (q) st->out[st->n_out++] = (struct out_row){q, e->row + e->n - 1, e->q->n_kv + e->n - 1};
     }
-    st->n_single = st->n_out;
+    st->n_single = st->n_out - st->n_score;
     for (int i = 0; i < st->n; i++) {
         const struct entry *e = &st->entries[i];
-        const struct tb_sampling *s = e->q->s;
-        if (e->q->index >= 0) continue;
-        for (int j = 0; j < e->n; j++) {
-            int at = e->q->n_kv + j;
-            bool last = at == s->n_prompt - 1;
-            if (last ? s->req->n_samples > 1 : at >= s->score_from)
-                st->out[st->n_out++] = (struct out_row){e->q, e->row + j, at};
-        }
+        if (e->last && !single_draw(e))
+            st->out[st->n_out++] = (struct out_row){e->q, e->row + e->n - 1, e->q->n_kv + e->n - 1};
     }
     size_t bytes = (size_t)m->cfg.hidden * tb_dtype_size(m->be->act);
     int n_lora = 0;
@@ -401,15 +407,22 @@ static void first_draws(struct step *st, struct tb_sampling *s, const float *log
 static void run_block(struct step *st, struct tb_pass *p, int from, int n)
 {
     const struct tb_backend_ops *ops = st->m->be->ops;
-    int V = st->m->cfg.vocab, n_draw = TB_MIN(TB_MAX(st->n_single - from, 0), n);
+    int V = st->m->cfg.vocab;
+    /* The block's rows [d0, d1) draw one token each. */
+    int d0 = TB_MIN(TB_MAX(st->n_score - from, 0), n);
+    int d1 = TB_MIN(TB_MAX(st->n_score + st->n_single - from, 0), n);
     tb_head_logits(p, from, n);
-    for (int i = 0; i < n_draw; i++)
+    for (int i = d0; i < d1; i++)
         st->draws[i] = draw_of(st->out[from + i].q);
-    if (n_draw) ops->draw(st->m->be, p->logits, n_draw, V, V, st->draws, st->drawn);
-    for (int i = n_draw; i < n; i++) {
+    if (d1 > d0)
+        ops->draw(st->m->be, p->logits + (size_t)d0 * (size_t)V, d1 - d0, V, V, st->draws + d0,
+                  st->drawn + d0);
+    for (int i = 0; i < d0; i++) {
         const struct out_row *o = &st->out[from + i];
-        st->drawn[i] = o->pos + 1 < o->q->s->n_prompt ? o->q->s->req->prompt[o->pos + 1] : -1;
+        st->drawn[i] = o->q->s->req->prompt[o->pos + 1];
     }
+    for (int i = d1; i < n; i++)
+        st->drawn[i] = -1;
     ops->logprobs(st->m->be, p->logits, n, V, V, st->drawn, 1, st->lse, st->lp);
     for (int i = 0; i < n; i++) {
         struct out_row *o = &st->out[from + i];
@@ -417,12 +430,12 @@ static void run_block(struct step *st, struct tb_pass *p, int from, int n)
         if (o->q->s->done) continue;
         if (!isfinite(st->lse[i]))
             tb_sampling_fail(o->q->s, TB_ENONFINITE, "the model's logits are not finite");
-        else if (i < n_draw)
-            accept(st, o->q, st->drawn[i], st->lp[i], row, &st->lse[i]);
-        else if (st->drawn[i] < 0)
-            first_draws(st, o->q->s, row, &st->lse[i]);
-        else
+        else if (i < d0)
             score_prompt(st, o, row, &st->lse[i], st->lp[i]);
+        else if (i < d1)
+            accept(st, o->q, st->drawn[i], st->lp[i], row, &st->lse[i]);
+        else
+            first_draws(st, o->q->s, row, &st->lse[i]);
     }
 }
 
