@@ -31,9 +31,9 @@ TIGHT, LOOSE = 1e-4, 2e-2
 STEPS = 3
 
 
-def download(service, path, folder):
+def download(server, path, folder):
     folder.mkdir()
-    for name, url in service.create_rest_client().get_external_weights_urls(path).result().urls.items():
+    for name, url in tinker.RestClient(base_url=server.url).get_external_weights_urls(path).result().urls.items():
         with urllib.request.urlopen(url) as reply:
             (folder / os.path.basename(name)).write_bytes(reply.read())
     return str(folder)
@@ -109,7 +109,7 @@ def test_parity(server, service, tmp_path, case, eps, tolerance, record_property
     name, base, config, adam_changes = case
     loss_fn = name.split()[0]
     client = service.create_lora_training_client(base, rank=8, seed=5).result()
-    adapter = download(service, client.save_weights_external("start").result().path, tmp_path / "adapter")
+    adapter = download(server, client.save_weights_external("start").result().path, tmp_path / "adapter")
     if name.endswith("top-k"):
         data = [topk_datum(8, 4, seed=i) for i in range(3)]
     elif loss_fn == "cross_entropy":
@@ -153,7 +153,7 @@ def test_parity(server, service, tmp_path, case, eps, tolerance, record_property
     assert apart <= tolerance
 
     # and the adapter that the server exports now is the one that PEFT has
-    trained = load(server.models[base], download(service, client.save_weights_external("end").result().path, tmp_path / "end"))
+    trained = load(server.models[base], download(server, client.save_weights_external("end").result().path, tmp_path / "end"))
     with torch.no_grad():
         for d, lp in zip(data, ours):
             np.testing.assert_allclose(model_logprobs(trained, d).numpy(), lp, atol=2e-5, rtol=0)

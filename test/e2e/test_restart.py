@@ -36,7 +36,7 @@ def test_restart(start):
     lps = sampler.compute_logprobs(tinker.ModelInput.from_ints(tokens(9))).result()
     model_id = client.get_info().model_id
     session_id = model_id.split(":")[0]
-    sampler_id = service.create_rest_client().get_session(session_id).result().sampler_ids[-1]
+    sampler_id = tinker.RestClient(base_url=server.url).get_session(session_id).result().sampler_ids[-1]
     wanted = train(client, range(3, 6))
 
     server.restart()
@@ -53,7 +53,7 @@ def test_restart(start):
         assert raw.submit_sample(sampler_id, 1, [1, 2], max_tokens=1).status == 404
         assert raw.post("get_info", {"model_id": model_id, "type": "get_info"}).status == 404
     again = tinker.ServiceClient(base_url=server.url)
-    rest = again.create_rest_client()
+    rest = tinker.RestClient(base_url=server.url)
     run = rest.get_training_run(model_id).result()
     assert run.base_model == "tiny" and run.lora_rank == 4
     assert {c.tinker_path for c in rest.list_checkpoints(model_id).result().checkpoints} == {state, sampler_path}
@@ -200,7 +200,7 @@ def test_models_that_cannot_be_served(tiny, tmp_path):
     assert "safetensors" in broken("no-weights", lambda f: (f / "model.safetensors").unlink())
     assert "safetensors" in broken("cut", cut)
     assert "safetensors" in broken("header", header)
-    assert "mystery" in broken("family", config(model_type="mystery", architectures=["MysteryForCausalLM"]))
+    assert "Mystery" in broken("family", config(model_type="mystery", architectures=["MysteryForCausalLM"]))
     broken("layers", config(num_hidden_layers=3))
     broken("shape", config(hidden_size=128))
     broken("json", lambda f: (f / "config.json").write_text("{"))

@@ -238,13 +238,18 @@ def test_gradient_clipping_and_weight_decay(service):
     assert not np.array_equal(runs["plain"][0], runs["decay"][0])
 
 
-def test_many_data_in_chunks(service, raw):
-    """A call that the SDK splits: later chunks arrive before the first; the sum and the order must come out right."""
-    config = raw.ok("client/config", {"sdk_version": "0.38.0"})
-    limit = config.get("fwdbwd_max_chunk_len") or 1024
-    n = min(2 * limit + 100, 5000)
-    data = [types.Datum(model_input=prompt(tokens(2, i)), loss_fn_inputs={"target_tokens": tokens(2, i + 1),
-                                                                          "weights": [1.0, 0.5]}) for i in range(n)]
+def test_many_data_in_chunks(start):
+    """A call that the SDK splits: later chunks arrive before the first; the sum and the order must come out right. The server
+    asks for chunks of a quarter of --max-body."""
+    from tinker_raw import Raw
+    server = start(args=["--max-body", "256K"])
+    with Raw(server.url) as raw:
+        limit = raw.ok("client/config", {"sdk_version": "0.38.0"})["fwdbwd_max_chunk_bytes_count"]
+    per_chunk = limit // (12 * (4 + 8 + 4))
+    n = 3 * per_chunk + 7
+    assert 100 < n < 5000
+    data = [sft_datum(12, seed=i) for i in range(n)]
+    service = tinker.ServiceClient(base_url=server.url)
     client = service.create_lora_training_client("tiny", rank=2, seed=1).result()
     fb = client.forward_backward(data, "cross_entropy")
     step = client.optim_step(adam())
@@ -254,9 +259,15 @@ def test_many_data_in_chunks(service, raw):
     assert len(got) == n
     assert out.metrics["loss:sum"] == pytest.approx(expected_loss("cross_entropy", data, got), rel=1e-5)
     other = service.create_lora_training_client("tiny", rank=2, seed=1).result()
-    for i in (0, 1, limit - 1, limit, n - 1):  # a datum's numbers do not depend on its company
+    for i in (0, 1, per_chunk - 1, per_chunk, per_chunk + 1, n - 1):  # a datum's numbers do not depend on its company
         alone = logprobs(other.forward([data[i]], "cross_entropy").result())[0]
         assert np.array_equal(alone, got[i]), i
+    # the step used the gradient of all chunks
+    for part in (data[:n // 2], data[n // 2:]):
+        other.forward_backward(part, "cross_entropy").result()
+    other.optim_step(adam()).result()
+    assert np.allclose(forward_logprobs(client, tokens(20)), forward_logprobs(other, tokens(20)), atol=1e-3)
+    service.close("success").result()
 
 
 def test_one_long_datum(service):

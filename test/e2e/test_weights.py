@@ -120,8 +120,8 @@ def test_loading_what_does_not_fit(service):
         service.create_training_client_from_state("tinker://no-such-run/weights/x").result().get_info()
 
 
-def test_lists(service):
-    rest = service.create_rest_client()
+def test_lists(service, server):
+    rest = tinker.RestClient(base_url=server.url)
     client = service.create_lora_training_client("tiny", rank=4, seed=1, user_metadata={"purpose": "lists"}).result()
     run_id = client.get_info().model_id
     weights = client.save_state("w1", user_metadata={"k": "v"}).result().path
@@ -166,8 +166,8 @@ def test_lists(service):
     assert sampler_info.base_model == "tiny" and sampler_info.model_path == sampler
 
 
-def test_publish_ttl_and_delete(service):
-    rest = service.create_rest_client()
+def test_publish_ttl_and_delete(service, server):
+    rest = tinker.RestClient(base_url=server.url)
     client = service.create_lora_training_client("tiny", rank=2, seed=1).result()
     run_id = client.get_info().model_id
     path = client.save_state("x", ttl_seconds=7200).result().path
@@ -195,8 +195,8 @@ def test_publish_ttl_and_delete(service):
         client.save_state("too-short", ttl_seconds=5).result()
 
 
-def test_external_weights_are_a_peft_folder(service):
-    rest = service.create_rest_client()
+def test_external_weights_are_a_peft_folder(service, server):
+    rest = tinker.RestClient(base_url=server.url)
     client = service.create_lora_training_client("tiny", rank=4, seed=1).result()
     steps(client, range(3))
     path = client.save_weights_external("export").result().path
@@ -225,9 +225,9 @@ def test_external_weights_are_a_peft_folder(service):
     assert error.value.code in (401, 403, 404)
 
 
-def test_fresh_adapters(service):
+def test_fresh_adapters(service, server):
     """B = 0 and A uniform within 1/sqrt(in), the same for the same seed."""
-    rest = service.create_rest_client()
+    rest = tinker.RestClient(base_url=server.url)
     exported = []
     for _ in range(2):
         client = service.create_lora_training_client("tiny", rank=8, seed=77).result()
