@@ -27,7 +27,7 @@ tinker = pytest.importorskip("tinker")
 
 from common import array, logprobs, rl_datum, sft_datum, topk_datum  # noqa: E402
 
-TIGHT, LOOSE = 1e-4, 2e-2
+TIGHT, LOOSE = 1e-4, 5e-3
 STEPS = 3
 
 
@@ -149,7 +149,7 @@ def test_parity(server, service, tmp_path, case, eps, tolerance, record_property
     moved = max(float(np.abs(a - b).max()) for a, b in zip(theirs, start))
     record_property("largest difference", apart)
     print(f"{name} on {base}, eps {eps}: logprobs moved by {moved:.3g}, differ by {apart:.3g}")
-    assert moved > 20 * tolerance or moved > 0.1, "three steps must move the logprobs far more than the tolerance"
+    assert moved > 100 * tolerance, "three steps must move the logprobs far more than the tolerance"
     assert apart <= tolerance
 
     # and the adapter that the server exports now is the one that PEFT has
