@@ -216,7 +216,7 @@ int tb_json_fail(const struct tb_json *n, struct tb_error *err, int code, const 
 
 void tb_json_show(const struct tb_json *n, char out[TB_JSON_SHOW])
 {
-    if (!n->v)
+    if (!n->v || json_is_null(n->v))
         snprintf(out, TB_JSON_SHOW, "null");
     else if (json_is_object(n->v))
         snprintf(out, TB_JSON_SHOW, "an object");
