@@ -6,6 +6,7 @@
 #include "tinkerbell.h"
 
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "api/api.h"
@@ -105,7 +106,11 @@ static int create_engine(tb_server_t *s, const tb_options_t *o, struct tb_error 
                             TB_MAX_MODELS);
     for (int i = 0; i < o->n_models; i++) {
         models[i].name = o->models[i].name;
-        models[i].dir = o->models[i].dir;
+        /* Clients on this machine are told the folder as tokenizer, so it must not be relative. A
+         * folder that is not there is told by the model's own loading. */
+        char *real = realpath(o->models[i].dir, NULL);
+        models[i].dir = keep(s, real ? real : o->models[i].dir);
+        free(real);
         models[i].tokenizer = o->models[i].tokenizer;
         for (int j = 0; j < i; j++) {
             if (strcmp(models[j].name, models[i].name) == 0)
