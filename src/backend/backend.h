@@ -1,25 +1,25 @@
 /*
- * The backend's table of functions: what a device must be able to do for model/ to run on it. The CPU
- * (backend/cpu/) and CUDA (cuda/) implement it; model/ is written once over it.
+ * The backend's table of functions: what a device must be able to do for model/ to run on it. The
+ * CPU (backend/cpu/) and CUDA (cuda/) implement it; model/ is written once over it.
  *
- * Memory is the backend's: `void *` below is memory got from ops->alloc unless a parameter says "host".
- * Pointer arithmetic on it is allowed; dereferencing it is not (except on the CPU, in tests).
- * "act" is the backend's activation type, be->act: bf16 (TB_BF16) or float32 (TB_F32). It is the type of
- * everything that a matrix product reads. Products, norms' statistics, softmax, logits, gradients and the
- * residual stream are float32.
+ * Memory is the backend's: `void *` below is memory got from ops->alloc unless a parameter says
+ * "host". Pointer arithmetic on it is allowed; dereferencing it is not (except on the CPU, in
+ * tests). "act" is the backend's activation type, be->act: bf16 (TB_BF16) or float32 (TB_F32). It
+ * is the type of everything that a matrix product reads. Products, norms' statistics, softmax,
+ * logits, gradients and the residual stream are float32.
  *
  * Batches are packed: T rows (tokens) of several sequences after each other, without padding.
  *
- * BATCH INVARIANCE. What a row computes never depends on which or how many other rows share the call:
- * the order of every sum over K (a product's inner dimension), over keys (attention) and over a row
- * (norms, softmax) is fixed by the weight's or the row's own shape. Sums over rows (gradients) run in row
- * order inside each span given by the caller, and spans are added in the order given. Results do not
- * depend on the number of threads.
+ * BATCH INVARIANCE. What a row computes never depends on which or how many other rows share the
+ * call: the order of every sum over K (a product's inner dimension), over keys (attention) and over
+ * a row (norms, softmax) is fixed by the weight's or the row's own shape. Sums over rows
+ * (gradients) run in row order inside each span given by the caller, and spans are added in the
+ * order given. Results do not depend on the number of threads.
  *
- * Thread: one at a time (a lane's work function); the backend spreads work over its own threads and is
- * synchronous to the caller on the CPU; on CUDA it queues on the stream, and download/sync wait.
- * Errors: functions returning int give TB_ENOMEM/TB_EDEVICE with err filled; void functions cannot fail
- * on the CPU (CUDA records a sticky device error that ops->sync returns).
+ * Thread: one at a time (a lane's work function); the backend spreads work over its own threads and
+ * is synchronous to the caller on the CPU; on CUDA it queues on the stream, and download/sync wait.
+ * Errors: functions returning int give TB_ENOMEM/TB_EDEVICE with err filled; void functions cannot
+ * fail on the CPU (CUDA records a sticky device error that ops->sync returns).
  */
 #ifndef TB_BACKEND_BACKEND_H
 #define TB_BACKEND_BACKEND_H
@@ -48,37 +48,48 @@ struct tb_lora_mat {
     int rank;
     float scale; /* alpha / rank */
 };
-/* Rows [row, row + n) of a packed batch use mat (never NULL: rows without adapter have no span). Spans
- * are sorted, do not overlap. */
+/* Rows [row, row + n) of a packed batch use mat (never NULL: rows without adapter have no span).
+ * Spans are sorted, do not overlap. */
 struct tb_lora_span {
     int row, n;
     const struct tb_lora_mat *mat;
-    /* backward only: where the span's gradient goes; NULL = not wanted (frozen rows). float32, added to. */
+    /* backward only: where the span's gradient goes; NULL = not wanted (frozen rows). float32,
+     * added to. */
     float *ga; /* [rank, n_in] */
     float *gb; /* [n_out, rank] */
 };
 
+/* A LoRA module's part in a (stacked) product: u = x A^T of its spans, and where its outputs lie.
+ */
+struct tb_lora_term {
+    const struct tb_lora_span *spans;
+    int n_spans;
+    const void *u; /* act, stride ldu, as lora_down wrote it */
+    int ldu;
+    int col, n_out;
+};
+
 /* One sequence of a packed batch for attention. */
 struct tb_attn_seq {
-    int row, n; /* its query rows [row, row + n) */
-    int pos;    /* position of its first query row; keys are positions 0 .. pos + n - 1 */
-    const int32_t *pages; /* host; page numbers of positions 0..pos+n-1; NULL: keys are the batch's own
-                             rows k, v (then pos == 0: training) */
+    int row, n;           /* its query rows [row, row + n) */
+    int pos;              /* position of its first query row; keys are positions 0 .. pos + n - 1 */
+    const int32_t *pages; /* host; page numbers of positions 0..pos+n-1; NULL: keys are the batch's
+                             own rows k, v (then pos == 0: training) */
 };
 struct tb_attn_shape {
     int n_head, n_kv_head, head_dim;
-    float scale;   /* 1 / sqrt(head_dim) */
-    int window;    /* sliding window in tokens (a query sees keys pos-window+1 .. pos); 0 = all */
+    float scale; /* 1 / sqrt(head_dim) */
+    int window;  /* sliding window in tokens (a query sees keys pos-window+1 .. pos); 0 = all */
 };
 
 struct tb_adamw {
     float lr, beta1, beta2, eps, weight_decay;
-    float grad_scale; /* from clipping; 1 = none */
+    float grad_scale;   /* from clipping; 1 = none */
     float bias1, bias2; /* 1 - beta1^t, 1 - beta2^t */
 };
 
-/* How to draw one token from a row of logits (numerics.md 5.1): temperature, then top_k, then top_p, then
- * inverse CDF over the filtered distribution in index order with the uniform u. */
+/* How to draw one token from a row of logits (numerics.md 5.1): temperature, then top_k, then
+ * top_p, then inverse CDF over the filtered distribution in index order with the uniform u. */
 struct tb_draw {
     float temperature; /* 0 = argmax, lowest index on ties, filters ignored */
     int top_k;         /* <= 0 off */
@@ -102,29 +113,35 @@ struct tb_backend_ops {
     void (*copy)(struct tb_backend *be, void *dst, const void *src, size_t bytes);
     void (*zero)(struct tb_backend *be, void *dst, size_t bytes);
 
-    /* ---- weights. Several matrices with the same n_in may be stacked along n_out into one weight (q,k,v;
-     * gate,up): parts are host pointers to row-major [rows[i], n_in] of the given dtype. */
+    /* ---- weights. Several matrices with the same n_in may be stacked along n_out into one weight
+     * (q,k,v; gate,up): parts are host pointers to row-major [rows[i], n_in] of the given dtype. */
     int (*weight_create)(struct tb_backend *be, int n_parts, const void *const *parts,
                          const enum tb_dtype *dtypes, const int *rows, int n_in,
                          struct tb_weight **out, struct tb_error *err);
     void (*weight_free)(struct tb_backend *be, struct tb_weight *w);
     size_t (*weight_bytes)(const struct tb_weight *w); /* memory held now */
-    /* Makes the packing for matmul_bwd (once; later calls return 0 at once). parts as at creation: the
-     * caller still has them mapped. */
+    /* Makes the packing for matmul_bwd (once; later calls return 0 at once). parts as at creation:
+     * the caller still has them mapped. */
     int (*weight_prepare_bwd)(struct tb_backend *be, struct tb_weight *w, int n_parts,
                               const void *const *parts, const enum tb_dtype *dtypes,
                               const int *rows, struct tb_error *err);
 
-    /* ---- products. y [T, n_out] with row stride ldy (floats). accumulate: y += . bias: [n_out] float32 or
-     * NULL. */
-    void (*matmul)(struct tb_backend *be, const struct tb_weight *w, const void *x /* act [T,n_in] */,
-                   int T, const float *bias, float *y, int ldy, bool accumulate);
+    /* ---- products. y [T, n_out] with row stride ldy (floats). accumulate: y += . bias: [n_out]
+     * float32 or NULL. */
+    void (*matmul)(struct tb_backend *be, const struct tb_weight *w,
+                   const void *x /* act [T,n_in] */, int T, const float *bias, float *y, int ldy,
+                   bool accumulate);
+    /* The same as matmul and then lora_up of each term on y's columns [col, col + n_out), bit for
+     * bit, in one pass over y. NULL: the backend has none. */
+    void (*matmul_lora)(struct tb_backend *be, const struct tb_weight *w, const void *x, int T,
+                        const float *bias, float *y, int ldy, bool accumulate,
+                        const struct tb_lora_term *terms, int n_terms);
     /* dx [T, n_in] (+)= dy [T, n_out] W ; dy is act. */
     void (*matmul_bwd)(struct tb_backend *be, const struct tb_weight *w, const void *dy, int T,
                        float *dx, int ld_dx, bool accumulate);
 
-    /* ---- LoRA over spans; rows outside of the spans are not touched. u is act with row stride ldu and
-     * holds x A^T (unscaled), rank values a row. */
+    /* ---- LoRA over spans; rows outside of the spans are not touched. u is act with row stride ldu
+     * and holds x A^T (unscaled), rank values a row. */
     void (*lora_down)(struct tb_backend *be, const struct tb_lora_span *s, int n_spans,
                       const void *x, int ldx, int n_in, void *u, int ldu);
     /* y[:, 0..n_out) += scale * u B^T */
@@ -139,21 +156,23 @@ struct tb_backend_ops {
                           int ld_dx);
 
     /* ---- elementwise and norms */
-    /* x[i,:] = E[token[i],:] ; E is act (or the checkpoint's dtype widened by embed_create) ; tokens host */
-    void (*embed)(struct tb_backend *be, const void *table, enum tb_dtype dtype, const int32_t *tokens,
-                  int T, int dim, float *x);
+    /* x[i,:] = E[token[i],:] ; E is act (or the checkpoint's dtype widened by embed_create) ;
+     * tokens host */
+    void (*embed)(struct tb_backend *be, const void *table, enum tb_dtype dtype,
+                  const int32_t *tokens, int T, int dim, float *x);
     /* y = x * rsqrt(mean(x^2) + eps) * w ; y act [T,dim]; rstd [T] float32 or NULL */
-    void (*rmsnorm)(struct tb_backend *be, const float *x, const float *w, int T, int dim, float eps,
-                    void *y, float *rstd);
+    void (*rmsnorm)(struct tb_backend *be, const float *x, const float *w, int T, int dim,
+                    float eps, void *y, float *rstd);
     /* dx += d(norm)(dy) ; dy float32 [T,dim] */
     void (*rmsnorm_bwd)(struct tb_backend *be, const float *x, const float *w, const float *rstd,
                         const float *dy, int T, int dim, float *dx);
-    /* From raw = [T, (n_head + 2 n_kv) * hd] float32 (a product's output, biases and LoRA included) to the
-     * attention's inputs: optional per-head RMSNorm of q and k (q_norm, k_norm [hd] or NULL), then rope at
-     * pos[i] (host) with tables cos, sin [max_pos, rope_dim/2] float32 (half-split form; dims beyond
-     * rope_dim pass through), stored as act q [T, n_head*hd], k, v [T, n_kv*hd]. If raw_act is not NULL,
-     * the raw values of q and k are kept there as act [T, (n_head + n_kv)*hd] for the backward pass (only
-     * needed with q_norm) and the forward pass then reads them rounded so. */
+    /* From raw = [T, (n_head + 2 n_kv) * hd] float32 (a product's output, biases and LoRA included)
+     * to the attention's inputs: optional per-head RMSNorm of q and k (q_norm, k_norm [hd] or
+     * NULL), then rope at pos[i] (host) with tables cos, sin [max_pos, rope_dim/2] float32
+     * (half-split form; dims beyond rope_dim pass through), stored as act q [T, n_head*hd], k, v
+     * [T, n_kv*hd]. If raw_act is not NULL, the raw values of q and k are kept there as act [T,
+     * (n_head + n_kv)*hd] for the backward pass (only needed with q_norm) and the forward pass then
+     * reads them rounded so. */
     void (*qkv_post)(struct tb_backend *be, const struct tb_attn_shape *s, const float *raw, int T,
                      const int32_t *pos, const float *cos, const float *sin, int rope_dim,
                      const float *q_norm, const float *k_norm, float eps, void *q, void *k, void *v,
@@ -163,9 +182,10 @@ struct tb_backend_ops {
                          const float *dk, const float *dv, int T, const int32_t *pos,
                          const float *cos, const float *sin, int rope_dim, const float *q_norm,
                          const float *k_norm, float eps, const void *raw_act, void *draw);
-    /* gu [T, 2F] float32 = [gate | up] -> a = silu(g) * u, act [T,F]; gu_act: the rounded act copy [T, 2F]
-     * kept for backward, or NULL. When gu_act is given, a is computed from the rounded values; and it
-     * must be computed from rounded values also when it is not (same bits in training and sampling). */
+    /* gu [T, 2F] float32 = [gate | up] -> a = silu(g) * u, act [T,F]; gu_act: the rounded act copy
+     * [T, 2F] kept for backward, or NULL. When gu_act is given, a is computed from the rounded
+     * values; and it must be computed from rounded values also when it is not (same bits in
+     * training and sampling). */
     void (*swiglu)(struct tb_backend *be, const float *gu, int T, int F, void *a, void *gu_act);
     /* recompute a from gu_act (the same bits as swiglu gave) */
     void (*swiglu_again)(struct tb_backend *be, const void *gu_act, int T, int F, void *a);
@@ -176,38 +196,41 @@ struct tb_backend_ops {
     void (*to_act)(struct tb_backend *be, const float *x, size_t n, void *y);
     void (*add)(struct tb_backend *be, float *y, const float *x, size_t n);
 
-    /* ---- attention. q act [T, n_head*hd] ... out act [T, n_head*hd]; lse [T, n_head] float32 or NULL.
-     * Keys are walked in blocks of a fixed size from position 0, the same way for pages and for rows. */
+    /* ---- attention. q act [T, n_head*hd] ... out act [T, n_head*hd]; lse [T, n_head] float32 or
+     * NULL. Keys are walked in blocks of a fixed size from position 0, the same way for pages and
+     * for rows. */
     void (*attention)(struct tb_backend *be, const struct tb_attn_shape *s,
                       const struct tb_attn_seq *seqs, int n_seqs, const void *q, const void *k,
                       const void *v, const void *kv_pages, void *out, float *lse);
-    /* training only (pages NULL). dout float32 [T, n_head*hd] -> dq, dk, dv float32 (overwritten). */
+    /* training only (pages NULL). dout float32 [T, n_head*hd] -> dq, dk, dv float32 (overwritten).
+     */
     void (*attention_bwd)(struct tb_backend *be, const struct tb_attn_shape *s,
                           const struct tb_attn_seq *seqs, int n_seqs, const void *q, const void *k,
                           const void *v, const void *out, const float *lse, const float *dout,
                           float *dq, float *dk, float *dv);
-    /* One layer's page pool: n_pages * kv_page_bytes. Writes rows k, v of each sequence at positions
-     * pos .. pos+n-1 into its pages. */
+    /* One layer's page pool: n_pages * kv_page_bytes. Writes rows k, v of each sequence at
+     * positions pos .. pos+n-1 into its pages. */
     size_t (*kv_page_bytes)(const struct tb_backend *be, const struct tb_attn_shape *s);
     void (*kv_write)(struct tb_backend *be, const struct tb_attn_shape *s,
                      const struct tb_attn_seq *seqs, int n_seqs, const void *k, const void *v,
                      void *kv_pages);
 
     /* ---- head. logits float32 [T, V] with row stride ldv. */
-    /* lse[i] = logsumexp(row i); lp[i*K+j] = logits[i, target[i*K+j]] - lse[i]; host targets may be NULL
-     * with K = 0. lse and lp are host memory. A target of -1 gives 0. */
+    /* lse[i] = logsumexp(row i); lp[i*K+j] = logits[i, target[i*K+j]] - lse[i]; host targets may be
+     * NULL with K = 0. lse and lp are host memory. A target of -1 gives 0. */
     void (*logprobs)(struct tb_backend *be, const float *logits, int T, int V, int ldv,
                      const int32_t *targets, int K, float *lse, float *lp);
-    /* dl[i,v] = sum_j g[i*K+j] * ([v == target] - softmax(row)_v), act [T, V] with stride ldv; g, lse,
-     * targets host */
+    /* dl[i,v] = sum_j g[i*K+j] * ([v == target] - softmax(row)_v), act [T, V] with stride ldv; g,
+     * lse, targets host */
     void (*dlogits)(struct tb_backend *be, const float *logits, int T, int V, int ldv,
                     const float *lse, const int32_t *targets, const float *g, int K, void *dl);
     /* Draws one token a row; tokens, host. */
     void (*draw)(struct tb_backend *be, const float *logits, int T, int V, int ldv,
                  const struct tb_draw *draws, int32_t *tokens);
-    /* The k largest (ties: lower id first) ids and log-probabilities of each row, descending, host. */
-    void (*topk)(struct tb_backend *be, const float *logits, int T, int V, int ldv, const float *lse,
-                 int k, int32_t *ids, float *lps);
+    /* The k largest (ties: lower id first) ids and log-probabilities of each row, descending, host.
+     */
+    void (*topk)(struct tb_backend *be, const float *logits, int T, int V, int ldv,
+                 const float *lse, int k, int32_t *ids, float *lps);
 
     /* ---- optimizer, over flat float32 arrays of n elements */
     /* Sum of squares in float64 in a fixed order; infinite or NaN entries make it so. */
@@ -225,13 +248,13 @@ struct tb_backend {
 
 struct tb_backend_options {
     enum tb_dtype act;
-    int n_threads;       /* 0 = all cores */
-    const char *isa;     /* NULL = best; "plain", "avx2", "avx512", "avx512_bf16": tests force one */
+    int n_threads;   /* 0 = all cores */
+    const char *isa; /* NULL = best; "plain", "avx2", "avx512", "avx512_bf16": tests force one */
     const char *devices; /* cuda: "0,1" */
 };
 
-/* What --backend and --dtype mean on this machine. name: "auto", "cpu", "cuda"; dtype: "auto", "bf16",
- * "f32". Errors are one clear line. */
+/* What --backend and --dtype mean on this machine. name: "auto", "cpu", "cuda"; dtype: "auto",
+ * "bf16", "f32". Errors are one clear line. */
 int tb_backend_create(struct tb_backend **out, const char *name, const char *dtype,
                       const struct tb_backend_options *options, struct tb_error *err);
 int tb_backend_cpu_create(struct tb_backend **out, const struct tb_backend_options *options,

@@ -7,8 +7,6 @@
  * With them only the tokens that can be in the prefix are sorted, by a radix sort (ties: lower id
  * first).
  */
-#include <stdlib.h>
-
 #include "backend/cpu/k.h"
 
 #define PIECE 1024
@@ -118,69 +116,118 @@ static int32_t draw_all(const float *z, int V, float top, float inv_t, float u)
     return last;
 }
 
-static int by_id(const void *a, const void *b)
-{
-    const struct cand *x = a, *y = b;
-    return (x->id > y->id) - (x->id < y->id);
-}
+/* What a filtered draw works in: weights by id, and three lists of candidates. */
+struct room {
+    float *p;
+    struct cand *c, *sorted, *tmp;
+};
 
-/* The tokens with logits of at least low (all for -inf, NaN included), in index order. */
-static int collect(const float *z, int V, float low, struct cand *out)
+/* The tokens with logits of at least low (all for -inf), in index order, into c and sorted. */
+static int collect(const struct room *r, const float *z, int V, float low)
 {
     int n = 0;
-    for (int v = 0; v < V; v++)
-        if (z[v] >= low || low == -INFINITY) out[n++] = (struct cand){sort_key(z[v]), v};
+    if (low == -INFINITY) {
+        for (; n < V; n++)
+            r->c[n] = (struct cand){sort_key(z[n]), n};
+    } else {
+        vf below = vf_set1(nextafterf(low, -INFINITY));
+        for (int v = 0; v < V; v += VW) {
+            int m = imin(VW, V - v);
+            unsigned bits = vf_gt_bits(vf_window(vf_loadn(z + v, m), below, 0, m), below);
+            for (; bits; bits &= bits - 1) {
+                int id = v + __builtin_ctz(bits);
+                r->c[n++] = (struct cand){sort_key(z[id]), id};
+            }
+        }
+    }
+    memcpy(r->sorted, r->c, (size_t)n * sizeof(*r->c));
     return n;
 }
 
-static double weight(const float *z, int32_t id, float top, float inv_t)
+/* A value that at least k logits reach: the k-th largest of the maxima of runs of 64; -inf if
+ * unknown. */
+static float reached_by(const struct room *r, const float *z, int V, int k)
 {
-    return isnan(z[id]) ? 0 : exp(((double)z[id] - (double)top) * (double)inv_t);
+    int n = V / 64;
+    if (k > n) return -INFINITY;
+    for (int i = 0; i < n; i++) {
+        vf top = vf_set1(-INFINITY);
+        for (int j = 0; j < 64; j += VW)
+            top = vf_max(vf_load(z + i * 64 + j), top); /* NaN: the rest stays */
+        r->sorted[i] = (struct cand){sort_key(vf_hmax(top)), i};
+    }
+    radix_sort(r->sorted, r->tmp, n);
+    int run = r->sorted[k - 1].id;
+    float low = -INFINITY;
+    for (int j = 0; j < 64; j++)
+        if (z[run * 64 + j] > low) low = z[run * 64 + j];
+    return low;
 }
 
-/* The candidates that survive the filters are c[0..keep), best first. */
-static int32_t draw_filtered(const float *z, int V, float top, const struct tb_draw *d, float inv_t,
-                             struct cand *c, struct cand *tmp)
+/* Sorts what the filters may keep and returns how many of r->sorted they do keep; *n_all: how many
+ * lie in c. */
+static int filter(const struct room *r, const float *z, int V, float top, const struct tb_draw *d,
+                  float inv_t, double all, int *n_all)
 {
-    bool by_k = d->top_k > 0 && d->top_k < V, by_p = d->top_p < 1;
-    int n = 0, keep = 0;
-    double all = 0, mass = 0;
+    bool by_k = d->top_k > 0 && d->top_k < V;
+    int n, keep = 0;
+    double mass = 0;
     if (by_k) {
-        n = collect(z, V, -INFINITY, c);
-        radix_sort(c, tmp, n);
+        *n_all = collect(r, z, V, reached_by(r, z, V, d->top_k));
+        radix_sort(r->sorted, r->tmp, *n_all);
         n = d->top_k;
+        all = 0;
         for (int i = 0; i < n; i++)
-            all += weight(z, c[i].id, top, inv_t);
+            all += (double)r->p[r->sorted[i].id];
     } else {
-        for (int v = 0; v < V; v++)
-            all += weight(z, v, top, inv_t);
         /* The prefix lies within those above a threshold once they hold enough mass: try few first.
          */
-        for (double drop = 8;; drop *= 4) {
+        for (double drop = 4;; drop *= 3) {
             float low = drop > 200 ? -INFINITY : (float)((double)top - drop / (double)inv_t);
             double held = 0;
-            n = collect(z, V, low, c);
+            n = collect(r, z, V, low);
             for (int i = 0; i < n; i++)
-                held += weight(z, c[i].id, top, inv_t);
+                held += (double)r->p[r->c[i].id];
             if (low == -INFINITY || held > (double)d->top_p * all) break;
         }
-        radix_sort(c, tmp, n);
+        *n_all = n;
+        radix_sort(r->sorted, r->tmp, n);
     }
     for (; keep < n; keep++) {
-        if (keep > 0 && by_p && !(mass < (double)d->top_p * all)) break;
-        mass += weight(z, c[keep].id, top, inv_t);
+        if (keep > 0 && d->top_p < 1 && !(mass < (double)d->top_p * all)) break;
+        mass += (double)r->p[r->sorted[keep].id];
     }
-    qsort(c, (size_t)keep, sizeof(*c), by_id);
-    double want = (double)d->u * mass, acc = 0;
-    int32_t pick = 0;
-    for (int i = 0; i < keep; i++) {
-        double p = weight(z, c[i].id, top, inv_t);
-        if (!(p > 0)) continue;
-        pick = c[i].id;
-        acc += p;
-        if (acc > want) break;
+    return keep;
+}
+
+static int32_t draw_filtered(const float *z, int V, float top, const struct tb_draw *d, float inv_t,
+                             const struct room *r)
+{
+    double all = 0, mass = 0, acc = 0;
+    int n;
+    for (int v = 0; v < V; v += PIECE)
+        all += (double)piece_weights(z + v, imin(PIECE, V - v), top, inv_t, r->p + v);
+    int keep = filter(r, z, V, top, d, inv_t, all, &n);
+    struct cand last = r->sorted[keep - 1];
+    /* c is in index order: those that sort up to `last` are kept. */
+    for (int pass = 0; pass < 2; pass++) {
+        int32_t pick = last.id;
+        double want = (double)d->u * mass;
+        for (int i = 0; i < n; i++) {
+            struct cand c = r->c[i];
+            if (c.key > last.key || (c.key == last.key && c.id > last.id) || !(r->p[c.id] > 0))
+                continue;
+            if (pass == 0) {
+                mass += (double)r->p[c.id];
+                continue;
+            }
+            pick = c.id;
+            acc += (double)r->p[c.id];
+            if (acc > want) break;
+        }
+        if (pass == 1) return pick;
     }
-    return pick;
+    return last.id;
 }
 
 static void draw_task(void *arg, int t, int thread)
@@ -194,8 +241,10 @@ static void draw_task(void *arg, int t, int thread)
     if (!(d->temperature > 0) || isinf(top) || isinf(inv_t)) {
         a->tokens[t] = best;
     } else if ((d->top_k > 0 && d->top_k < a->V) || d->top_p < 1) {
-        struct cand *c = tb_scratch_get(&a->cpu->own[thread], 2 * (size_t)a->V * sizeof(*c));
-        a->tokens[t] = draw_filtered(z, a->V, top, d, inv_t, c, c + a->V);
+        size_t V = (size_t)a->V;
+        struct cand *c = tb_scratch_get(&a->cpu->own[thread], V * (3 * sizeof(*c) + sizeof(float)));
+        struct room r = {(float *)(void *)(c + 3 * V), c, c + V, c + 2 * V};
+        a->tokens[t] = draw_filtered(z, a->V, top, d, inv_t, &r);
     } else {
         a->tokens[t] = draw_all(z, a->V, top, inv_t, d->u);
     }

@@ -422,12 +422,20 @@ static void add(struct tb_backend *be, float *y, const float *x, size_t n)
 static void sum_squares_flat(const void *arg, size_t first, size_t n)
 {
     const struct pair *p = arg;
-    double acc[VW] = {0}, s = 0;
-    EACH(i, m, (int)n)
-    vf_sumsq(acc, vf_loadn(p->x + first + i, m));
-    for (int i = 0; i < VW; i++)
-        s += acc[i];
-    ((double *)p->y)[first / PIECE] = s;
+    const float *x = p->x + first;
+    struct vd s[4] = {vd_zero(), vd_zero(), vd_zero(), vd_zero()};
+    double lanes[4 * VW], sum = 0;
+    size_t i = 0;
+    for (; i + 4 * VW <= n; i += 4 * VW) {
+        UNROLL for (int j = 0; j < 4; j++) s[j] = vd_add_squares(s[j], vf_load(x + i + j * VW));
+    }
+    for (; i < n; i += VW)
+        s[0] = vd_add_squares(s[0], vf_loadn(x + i, n - i < VW ? (int)(n - i) : VW));
+    for (int j = 0; j < 4; j++)
+        vd_store(lanes + j * VW, s[j]);
+    for (int j = 0; j < 4 * VW; j++)
+        sum += lanes[j];
+    ((double *)p->y)[first / PIECE] = sum;
 }
 
 static double sum_squares(struct tb_backend *be, const float *g, size_t n)

@@ -13,10 +13,9 @@
 #include <stdlib.h>
 
 #include "backend/cpu/gemm.h"
-#include "backend/cpu/k.h"
+#include "backend/cpu/pack.h"
 
-#define KBLOCK     1024 /* 128 KiB of a bf16 panel: stays in the second-level cache */
-#define ROWS_CHUNK 192  /* rows of one task */
+#define KBLOCK 1024 /* 128 KiB of a bf16 panel: stays in the second-level cache */
 
 /* ---- packing */
 
@@ -158,7 +157,55 @@ struct product {
     float *y;
     size_t ldy;
     bool accumulate;
+    const struct tb_lora_term *terms;
+    int n_terms;
+    struct tb_cpu *cpu;
 };
+
+/* Adds one term to columns [c0, c1) of rows [row, row + n): lora_up's arithmetic, while y is in
+ * cache. */
+static void add_term(const struct product *p, const struct tb_lora_term *t, int row, int n, int c0,
+                     int c1, int thread)
+{
+    const struct tb_lora_mat *packed = NULL;
+    int lo = 0, hi = t->n_spans, end = row + n;
+    while (lo < hi) { /* the first span that ends behind row */
+        int mid = (lo + hi) / 2;
+        if (t->spans[mid].row + t->spans[mid].n > row)
+            hi = mid;
+        else
+            lo = mid + 1;
+    }
+    for (; lo < t->n_spans && t->spans[lo].row < end; lo++) {
+        const struct tb_lora_span *s = t->spans + lo;
+        int first = imax(row, s->row), last = imin(end, s->row + s->n);
+        while (lo + 1 < t->n_spans && t->spans[lo + 1].mat == s->mat &&
+               t->spans[lo + 1].row == last && last < end)
+            last = imin(end, last + t->spans[++lo].n);
+        if (first >= last) continue;
+        int rank = s->mat->rank, kw = words(rank);
+        size_t panel_bytes = (size_t)kw * NW * 4, pad = (size_t)kw * KP * sizeof(act_t);
+        char *mem = tb_scratch_get(&p->cpu->own[thread], panel_bytes + pad * (NW + ROWS_CHUNK));
+        uint32_t *b = (uint32_t *)(void *)mem;
+        act_t *tmp = (act_t *)(void *)(mem + panel_bytes);
+        if (packed != s->mat)
+            pack_rows((const act_t *)s->mat->b + (size_t)(c0 - t->col) * (size_t)rank, (size_t)rank,
+                      c1 - c0, rank, b, NW, tmp);
+        packed = s->mat;
+        const uint32_t *page = b;
+        struct mk m = {.b = &page,
+                       .ldb = NW,
+                       .kw = kw,
+                       .kw_page = kw,
+                       .ldc = p->ldy,
+                       .init = MK_ADD,
+                       .scale = s->mat->scale};
+        m.a = even(t->u, (size_t)t->ldu, first, last - first, rank, tmp + (size_t)kw * KP * NW,
+                   &m.lda);
+        m.c = p->y + (size_t)first * p->ldy + (size_t)c0;
+        run_edge(&m, last - first, c1 - c0);
+    }
+}
 
 static void product_task(void *arg, int task, int thread)
 {
@@ -195,6 +242,11 @@ static void product_task(void *arg, int task, int thread)
     }
     for (int r = 0; partial && r < n; r++)
         memcpy(y + (size_t)r * p->ldy, edge + r * NW, (size_t)cols * sizeof(float));
+    for (int i = 0; i < p->n_terms; i++) {
+        const struct tb_lora_term *t = p->terms + i;
+        int c0 = imax(col, t->col), c1 = imin(col + cols, t->col + t->n_out);
+        if (c0 < c1) add_term(p, t, row, n, c0, c1, thread);
+    }
 }
 
 /* Rows whose length is no whole number of words, copied with zeros behind. */
@@ -211,37 +263,55 @@ static const act_t *even_rows(struct tb_cpu *c, const act_t *x, int T, int n, si
     return copy;
 }
 
-static void product(struct tb_backend *be, const void *panels, int n_k, int n_out, const void *x,
-                    int T, const float *bias, float *y, int ldy, bool accumulate)
+static void product(struct tb_backend *be, struct product *p)
 {
     struct tb_cpu *c = tb_cpu(be);
-    if (T <= 0) return;
-    struct product p = {.panels = panels,
+    if (p->T <= 0) return;
+    p->cpu = c;
+    p->x = even_rows(c, p->x, p->T, p->n_k, &p->ldx);
+    p->n_panels = (p->n_out + NW - 1) / NW;
+    int chunks = (p->T + ROWS_CHUNK - 1) / ROWS_CHUNK;
+    p->rows = ((p->T + chunks - 1) / chunks + RMAX_WIDE - 1) / RMAX_WIDE * RMAX_WIDE;
+    chunks = (p->T + p->rows - 1) / p->rows;
+    tb_team_run(c->team, product_task, p, chunks * p->n_panels);
+}
+
+static void matmul_lora(struct tb_backend *be, const struct tb_weight *w, const void *x, int T,
+                        const float *bias, float *y, int ldy, bool accumulate,
+                        const struct tb_lora_term *terms, int n_terms)
+{
+    struct product p = {.panels = w->fwd,
+                        .x = x,
                         .T = T,
-                        .n_k = n_k,
-                        .n_out = n_out,
+                        .n_k = w->n_in,
+                        .n_out = w->n_out,
                         .bias = bias,
                         .y = y,
                         .ldy = (size_t)ldy,
-                        .accumulate = accumulate};
-    p.x = even_rows(c, x, T, n_k, &p.ldx);
-    p.n_panels = (n_out + NW - 1) / NW;
-    int chunks = (T + ROWS_CHUNK - 1) / ROWS_CHUNK;
-    p.rows = ((T + chunks - 1) / chunks + RMAX_WIDE - 1) / RMAX_WIDE * RMAX_WIDE;
-    chunks = (T + p.rows - 1) / p.rows;
-    tb_team_run(c->team, product_task, &p, chunks * p.n_panels);
+                        .accumulate = accumulate,
+                        .terms = terms,
+                        .n_terms = n_terms};
+    product(be, &p);
 }
 
 static void matmul(struct tb_backend *be, const struct tb_weight *w, const void *x, int T,
                    const float *bias, float *y, int ldy, bool accumulate)
 {
-    product(be, w->fwd, w->n_in, w->n_out, x, T, bias, y, ldy, accumulate);
+    matmul_lora(be, w, x, T, bias, y, ldy, accumulate, NULL, 0);
 }
 
 static void matmul_bwd(struct tb_backend *be, const struct tb_weight *w, const void *dy, int T,
                        float *dx, int ld_dx, bool accumulate)
 {
-    product(be, w->bwd, w->n_out, w->n_in, dy, T, NULL, dx, ld_dx, accumulate);
+    struct product p = {.panels = w->bwd,
+                        .x = dy,
+                        .T = T,
+                        .n_k = w->n_out,
+                        .n_out = w->n_in,
+                        .y = dx,
+                        .ldy = (size_t)ld_dx,
+                        .accumulate = accumulate};
+    product(be, &p);
 }
 
 void K(product_ops)(struct tb_backend_ops *o)
@@ -251,5 +321,6 @@ void K(product_ops)(struct tb_backend_ops *o)
     o->weight_bytes = weight_bytes;
     o->weight_prepare_bwd = weight_prepare_bwd;
     o->matmul = matmul;
+    o->matmul_lora = matmul_lora;
     o->matmul_bwd = matmul_bwd;
 }

@@ -181,6 +181,16 @@ static void plain_lora_down_bwd(struct tb_backend *be, const struct tb_lora_span
     }
 }
 
+static void plain_matmul_lora(struct tb_backend *be, const struct tb_weight *w, const void *x,
+                              int T, const float *bias, float *y, int ldy, bool accumulate,
+                              const struct tb_lora_term *terms, int n_terms)
+{
+    plain_matmul(be, w, x, T, bias, y, ldy, accumulate);
+    for (int i = 0; i < n_terms; i++)
+        plain_lora_up(be, terms[i].spans, terms[i].n_spans, terms[i].u, terms[i].ldu,
+                      y + terms[i].col, ldy, terms[i].n_out);
+}
+
 void tb_plain_product_ops(struct tb_backend_ops *o)
 {
     o->weight_create = plain_weight_create;
@@ -188,6 +198,7 @@ void tb_plain_product_ops(struct tb_backend_ops *o)
     o->weight_bytes = plain_weight_bytes;
     o->weight_prepare_bwd = plain_weight_prepare_bwd;
     o->matmul = plain_matmul;
+    o->matmul_lora = plain_matmul_lora;
     o->matmul_bwd = plain_matmul_bwd;
     o->lora_down = plain_lora_down;
     o->lora_up = plain_lora_up;

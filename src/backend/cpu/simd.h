@@ -125,13 +125,24 @@ INLINE float vf_hmax(vf a)
     s = _mm_max_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
-/* The squares of the lanes, added in float64 to acc[0..VW). */
-INLINE void vf_sumsq(double *acc, vf x)
+/* Sums in float64, VW lanes. */
+struct vd {
+    __m256d lo, hi;
+};
+INLINE struct vd vd_zero(void)
+{
+    return (struct vd){_mm256_setzero_pd(), _mm256_setzero_pd()};
+}
+INLINE struct vd vd_add_squares(struct vd s, vf x)
 {
     __m256d a = _mm256_cvtps_pd(_mm256_castps256_ps128(x));
     __m256d b = _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1));
-    _mm256_storeu_pd(acc, _mm256_fmadd_pd(a, a, _mm256_loadu_pd(acc)));
-    _mm256_storeu_pd(acc + 4, _mm256_fmadd_pd(b, b, _mm256_loadu_pd(acc + 4)));
+    return (struct vd){_mm256_fmadd_pd(a, a, s.lo), _mm256_fmadd_pd(b, b, s.hi)};
+}
+INLINE void vd_store(double *p, struct vd s)
+{
+    _mm256_storeu_pd(p, s.lo);
+    _mm256_storeu_pd(p + 4, s.hi);
 }
 /* p 2^n for integer-valued n in [-126, 127] */
 INLINE vf vf_scale2(vf p, vf n)
@@ -237,12 +248,23 @@ INLINE float vf_hmax(vf a)
     s = _mm_max_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
-INLINE void vf_sumsq(double *acc, vf x)
+struct vd {
+    __m512d lo, hi;
+};
+INLINE struct vd vd_zero(void)
+{
+    return (struct vd){_mm512_setzero_pd(), _mm512_setzero_pd()};
+}
+INLINE struct vd vd_add_squares(struct vd s, vf x)
 {
     __m512d a = _mm512_cvtps_pd(_mm512_castps512_ps256(x));
     __m512d b = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1));
-    _mm512_storeu_pd(acc, _mm512_fmadd_pd(a, a, _mm512_loadu_pd(acc)));
-    _mm512_storeu_pd(acc + 8, _mm512_fmadd_pd(b, b, _mm512_loadu_pd(acc + 8)));
+    return (struct vd){_mm512_fmadd_pd(a, a, s.lo), _mm512_fmadd_pd(b, b, s.hi)};
+}
+INLINE void vd_store(double *p, struct vd s)
+{
+    _mm512_storeu_pd(p, s.lo);
+    _mm512_storeu_pd(p + 8, s.hi);
 }
 INLINE vf vf_scale2(vf p, vf n)
 {

@@ -243,11 +243,69 @@ static void test_rows(void **state)
     }
 }
 
+/* The fused product gives the bits of matmul and lora_up. */
+static void test_fused(void **state)
+{
+    enum { T = 230, IN = 45, OUT = 150 };
+    static const int from[3] = {0, 64, 101}, n_out[3] = {64, 37, 49}, ranks[3] = {8, 3, 33};
+    for (int i = 0; i < N_TARGETS; i++) {
+        struct made m;
+        float *src = random_f32(OUT * IN), *y[2];
+        weight(&m, &targets[i], 2, src, TB_F32, OUT, IN);
+        if (m.be) {
+            const struct tb_backend_ops *o = m.be->ops;
+            enum tb_dtype act = m.be->act;
+            void *x = random_act(act, T * IN), *u[3], *b[3];
+            struct tb_lora_mat mats[3][2];
+            struct tb_lora_span spans[3][40];
+            struct tb_lora_term terms[3];
+            for (int k = 0; k < 3; k++) {
+                size_t R = (size_t)ranks[k];
+                u[k] = random_act(act, T * (R + 1));
+                b[k] = random_act(act, (size_t)n_out[k] * R * 2);
+                for (int j = 0; j < 2; j++)
+                    mats[k][j] = (struct tb_lora_mat){
+                        NULL, (char *)b[k] + (size_t)j * (size_t)n_out[k] * R * tb_dtype_size(act),
+                        ranks[k], 0.3f};
+                int n = 0;
+                for (int row = k; row < T; n++) {
+                    int len = n < 20 ? 1 + n % 3 : 70 - 20 * k;
+                    if (len > T - row) len = T - row;
+                    spans[k][n] =
+                        (struct tb_lora_span){.row = row, .n = len, .mat = &mats[k][n / 2 % 2]};
+                    row += len + (n % 7 == 6);
+                }
+                terms[k] =
+                    (struct tb_lora_term){spans[k], n, u[k], ranks[k] + 1, from[k], n_out[k]};
+            }
+            for (int k = 0; k < 2; k++)
+                y[k] = calloc(T * OUT, 4);
+            o->matmul(m.be, m.w, x, T, NULL, y[0], OUT, false);
+            for (int k = 0; k < 3; k++)
+                o->lora_up(m.be, spans[k], terms[k].n_spans, u[k], terms[k].ldu, y[0] + from[k],
+                           OUT, n_out[k]);
+            o->matmul_lora(m.be, m.w, x, T, NULL, y[1], OUT, false, terms, 3);
+            assert_same_bits("matmul_lora", y[1], y[0], sizeof(float) * T * OUT);
+            for (int k = 0; k < 3; k++) {
+                free(u[k]);
+                free(b[k]);
+            }
+            free(y[0]);
+            free(y[1]);
+            free(x);
+            o->weight_free(m.be, m.w);
+            o->destroy(m.be);
+        }
+        free(src);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_products),
         cmocka_unit_test(test_lora),
+        cmocka_unit_test(test_fused),
         cmocka_unit_test(test_rows),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
