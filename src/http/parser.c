@@ -397,8 +397,12 @@ enum tb_http_parse tb_http_parser_feed(struct tb_http_parser *p, const char *dat
         if (header) take = TB_MIN(take, TB_MAX_HEADER_BYTES + 1 - p->header_bytes);
         p->resumed = false;
         llhttp_errno_t rc = llhttp_execute(&p->ll, at, take);
-        if (rc != HPE_OK && rc != HPE_PAUSED) return fail(p, rc);
         size_t done = rc == HPE_OK ? take : (size_t)(llhttp_get_error_pos(&p->ll) - at);
+        if (rc != HPE_OK && rc != HPE_PAUSED) {
+            /* What is wrong first is said, however the bytes were split. */
+            if (header && !p->status) headers_scan(p, at, TB_MIN(done, take));
+            return fail(p, rc);
+        }
         TB_BUG_ON(done > take);
         *used += done;
         if (header && headers_scan(p, at, done)) return TB_HTTP_PARSE_ERROR;

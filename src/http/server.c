@@ -202,6 +202,27 @@ static int port_of(const uv_tcp_t *tcp)
     return ntohs(((struct sockaddr_in *)&addr)->sin_port);
 }
 
+/* The bound port, or a libuv code. port 0: the address's own. */
+static int listen_on(struct tb_http_server *s, const struct addrinfo *a, int port)
+{
+    struct listener *l = tb_calloc(1, sizeof(*l));
+    l->server = s;
+    uv_tcp_init(s->loop, &l->tcp);
+    tb_list_push(&s->listeners, &l->node);
+    s->n_listeners++;
+    s->n_handles++;
+    struct sockaddr_storage addr = {0};
+    memcpy(&addr, a->ai_addr, TB_MIN((size_t)a->ai_addrlen, sizeof(addr)));
+    in_port_t net = htons((uint16_t)port);
+    if (port && addr.ss_family == AF_INET6) ((struct sockaddr_in6 *)&addr)->sin6_port = net;
+    if (port && addr.ss_family == AF_INET) ((struct sockaddr_in *)&addr)->sin_port = net;
+    int rc = uv_tcp_bind(&l->tcp, (struct sockaddr *)&addr, 0);
+    if (rc == 0) rc = uv_listen((uv_stream_t *)&l->tcp, TB_HTTP_BACKLOG, connection_cb);
+    if (rc == 0) rc = port_of(&l->tcp);
+    if (rc < 0) listener_close(l);
+    return rc;
+}
+
 int tb_http_server_listen(struct tb_http_server *s, const char *host, int port, int *bound_port,
                           struct tb_error *err)
 {
@@ -218,27 +239,24 @@ int tb_http_server_listen(struct tb_http_server *s, const char *host, int port, 
     if (rc) {
         return tb_error_set(err, rc, "cannot resolve '%s': %s", host, uv_strerror(rc));
     }
-    struct listener *l = NULL;
-    for (const struct addrinfo *a = query.addrinfo; a; a = a->ai_next) {
-        l = tb_calloc(1, sizeof(*l));
-        l->server = s;
-        uv_tcp_init(s->loop, &l->tcp);
-        tb_list_push(&s->listeners, &l->node);
-        s->n_listeners++;
-        s->n_handles++;
-        rc = uv_tcp_bind(&l->tcp, a->ai_addr, 0);
-        if (rc == 0) rc = uv_listen((uv_stream_t *)&l->tcp, TB_HTTP_BACKLOG, connection_cb);
-        if (rc == 0) rc = port_of(&l->tcp);
-        if (rc >= 0) break;
-        listener_close(l);
-        l = NULL;
+    /* A name may stand for several addresses ("localhost"): all of them, on one port. Some may not
+     * exist on this machine; but a port that is taken on one is taken. */
+    int bound = 0;
+    for (struct addrinfo *a = query.addrinfo; a; a = a->ai_next) {
+        int got = listen_on(s, a, bound);
+        if (got > 0) {
+            if (bound == 0) bound = got;
+        } else {
+            rc = got;
+            if (rc == UV_EADDRINUSE && port != 0) break;
+        }
     }
     uv_freeaddrinfo(query.addrinfo);
-    if (!l) {
+    if (bound == 0 || (rc == UV_EADDRINUSE && port != 0)) {
         return tb_error_set(err, rc, "cannot listen on %s:%d: %s", host, port, uv_strerror(rc));
     }
-    if (bound_port) *bound_port = rc;
-    tb_log(TB_LOG_DEBUG, "http", "listening host=%s port=%d", host, rc);
+    if (bound_port) *bound_port = bound;
+    tb_log(TB_LOG_DEBUG, "http", "listening host=%s port=%d", host, bound);
     return 0;
 }
 

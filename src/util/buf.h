@@ -1,7 +1,7 @@
 /*
  * A growing byte buffer with a mandatory maximum (curl's dynbuf): it cannot grow without bound.
- * Once an append fails the buffer is marked failed and further appends fail too, so that a writer may
- * check once at the end.
+ * Once an append fails the buffer is marked failed and further appends fail too, so that a writer
+ * may check once at the end.
  *
  * Owner: the caller. Thread: one at a time.
  */
@@ -20,7 +20,7 @@ struct tb_buf {
 
 void tb_buf_init(struct tb_buf *b, size_t max);
 void tb_buf_fini(struct tb_buf *b);
-void tb_buf_reset(struct tb_buf *b);                         /* n = 0, keeps the memory */
+void tb_buf_reset(struct tb_buf *b);                          /* n = 0, keeps the memory */
 int tb_buf_append(struct tb_buf *b, const void *p, size_t n); /* 0, TB_ETOOBIG or TB_ENOMEM */
 int tb_buf_puts(struct tb_buf *b, const char *s);
 int tb_buf_printf(struct tb_buf *b, const char *fmt, ...) __attribute__((format(printf, 2, 3)));

@@ -1,6 +1,6 @@
 /*
- * Clocks and random bytes. tb_clock_ms is monotonic (time-outs, leases); tb_clock_wall_us is UTC (what
- * people see). Thread: any.
+ * Clocks and random bytes. tb_clock_ms is monotonic (time-outs, leases); tb_clock_wall_us is UTC
+ * (what people see). Thread: any.
  */
 #ifndef TB_UTIL_CLOCK_H
 #define TB_UTIL_CLOCK_H

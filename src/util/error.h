@@ -1,7 +1,8 @@
 /*
  * Errors: every fallible function returns int, 0 or a negative TB_E* code, and fills a caller-owned
  * struct tb_error where the cause is known. libuv's own negative codes pass through unchanged.
- * The table below is the one place that ties a code to its HTTP status and its user/server category.
+ * The table below is the one place that ties a code to its HTTP status and its user/server
+ * category.
  *
  * Thread: any. Owns: nothing (the message lives inside the struct).
  */
@@ -13,7 +14,8 @@
 
 enum tb_category { TB_CAT_UNKNOWN = 0, TB_CAT_USER, TB_CAT_SERVER };
 
-/* name, number, HTTP status when it is an immediate answer, category when it fails a future, text */
+/* name, number, HTTP status when it is an immediate answer, category when it fails a future, text
+ */
 #define TB_ERROR_MAP(XX)                                                                           \
     XX(EINVAL, -10001, 400, USER, "invalid argument")                                              \
     XX(EPARSE, -10002, 400, USER, "malformed input")                                               \
@@ -46,16 +48,16 @@ struct tb_error {
     char msg[512];
 };
 
-/* Fills *e (which may be NULL) and returns code, so that `return tb_error_set(...)` works. A message
- * too long for the buffer is cut. The message is one line, without a final full stop. */
+/* Fills *e (which may be NULL) and returns code, so that `return tb_error_set(...)` works. A
+ * message too long for the buffer is cut. The message is one line, without a final full stop. */
 int tb_error_set(struct tb_error *e, int code, const char *fmt, ...)
     __attribute__((format(printf, 3, 4)));
 /* Prepends context, "prefix: old message", and returns e->code. */
 int tb_error_prefix(struct tb_error *e, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 
-const char *tb_error_name(int code);           /* "EINVAL"; libuv's name for libuv codes */
-int tb_error_status(int code);                 /* HTTP status; 500 for unknown codes */
-enum tb_category tb_error_category(int code);  /* SERVER for unknown codes */
+const char *tb_error_name(int code);            /* "EINVAL"; libuv's name for libuv codes */
+int tb_error_status(int code);                  /* HTTP status; 500 for unknown codes */
+enum tb_category tb_error_category(int code);   /* SERVER for unknown codes */
 const char *tb_category_name(enum tb_category); /* "user", "server", "unknown" */
 
 #endif

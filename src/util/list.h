@@ -54,8 +54,8 @@ static inline void tb_list_move(struct tb_list *dst, struct tb_list *src)
     tb_list_init(src);
 }
 
-#define TB_LIST_ENTRY(node, type, member) ((type *)((char *)(node) - offsetof(type, member)))
-#define TB_LIST_FOREACH(it, l) for (struct tb_list *it = (l)->next; it != (l); it = it->next)
+#define TB_LIST_ENTRY(node, type, member) ((type *)((char *)(node)-offsetof(type, member)))
+#define TB_LIST_FOREACH(it, l)            for (struct tb_list *it = (l)->next; it != (l); it = it->next)
 #define TB_LIST_FOREACH_SAFE(it, tmp, l)                                                           \
     for (struct tb_list *it = (l)->next, *tmp = it->next; it != (l); it = tmp, tmp = it->next)
 

@@ -1,8 +1,9 @@
 /*
- * Log: one line per event, `2026-01-02T03:04:05.678Z INFO  http: text key=value`, to stderr by default or
- * to an embedder's callback. Nothing secret (keys, prompts) is ever logged.
+ * Log: one line per event, `2026-01-02T03:04:05.678Z INFO  http: text key=value`, to stderr by
+ * default or to an embedder's callback. Nothing secret (keys, prompts) is ever logged.
  *
- * Thread: any; a line is written with one call. The level and the sink are set before threads start.
+ * Thread: any; a line is written with one call. The level and the sink are set before threads
+ * start.
  */
 #ifndef TB_UTIL_LOG_H
 #define TB_UTIL_LOG_H

@@ -23,6 +23,7 @@ void *tb_map_get(const struct tb_map *m, const char *key, size_t key_len); /* NU
 void *tb_map_put(struct tb_map *m, const char *key, size_t key_len, void *value);
 void *tb_map_del(struct tb_map *m, const char *key, size_t key_len); /* returns the old value */
 /* Iteration in unspecified order; *it starts at 0; the entry just returned may be deleted. */
-bool tb_map_next(const struct tb_map *m, size_t *it, const char **key, size_t *key_len, void **value);
+bool tb_map_next(const struct tb_map *m, size_t *it, const char **key, size_t *key_len,
+                 void **value);
 
 #endif

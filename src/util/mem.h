@@ -1,6 +1,6 @@
 /*
- * Memory: tb_malloc & co. abort through a hook when a small, fixed allocation fails (as redis and h2o
- * do); tb_try_* return NULL and are for every size that a client, a file or a model decides.
+ * Memory: tb_malloc & co. abort through a hook when a small, fixed allocation fails (as redis and
+ * h2o do); tb_try_* return NULL and are for every size that a client, a file or a model decides.
  * Size arithmetic on such sizes goes through tb_mul_size/tb_add_size.
  *
  * Thread: any. Memory is released with tb_free.
@@ -35,10 +35,10 @@ static inline bool tb_add_size(size_t a, size_t b, size_t *out)
     return !__builtin_add_overflow(a, b, out);
 }
 
-#define TB_ARRAY_LEN(a) (sizeof(a) / sizeof((a)[0]))
-#define TB_CONTAINER_OF(ptr, type, member) ((type *)((char *)(ptr) - offsetof(type, member)))
-#define TB_MIN(a, b) ((a) < (b) ? (a) : (b))
-#define TB_MAX(a, b) ((a) > (b) ? (a) : (b))
+#define TB_ARRAY_LEN(a)                    (sizeof(a) / sizeof((a)[0]))
+#define TB_CONTAINER_OF(ptr, type, member) ((type *)((char *)(ptr)-offsetof(type, member)))
+#define TB_MIN(a, b)                       ((a) < (b) ? (a) : (b))
+#define TB_MAX(a, b)                       ((a) > (b) ? (a) : (b))
 
 /* A broken invariant: prints where and aborts. Never for input. */
 #define TB_BUG_ON(cond)                                                                            \

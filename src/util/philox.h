@@ -1,7 +1,7 @@
 /*
  * Philox4x32-10 (Salmon et al., SC11): a counter-based generator. The same (key, counter) gives the
- * same numbers on every thread, in every order and on the GPU, which is what makes seeds repeat under
- * load. Verified against the known-answer vectors of the Random123 distribution.
+ * same numbers on every thread, in every order and on the GPU, which is what makes seeds repeat
+ * under load. Verified against the known-answer vectors of the Random123 distribution.
  *
  * Thread: any (pure functions).
  */
@@ -48,7 +48,8 @@ static inline float tb_philox_draw(uint64_t seed, uint32_t sample, uint32_t step
 static inline uint64_t tb_fnv1a(const char *s)
 {
     uint64_t h = 0xcbf29ce484222325ull;
-    for (; *s; s++) h = (h ^ (unsigned char)*s) * 0x100000001b3ull;
+    for (; *s; s++)
+        h = (h ^ (unsigned char)*s) * 0x100000001b3ull;
     return h;
 }
 

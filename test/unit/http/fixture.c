@@ -7,6 +7,7 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
+#include <signal.h>
 #include <stdio.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -21,6 +22,7 @@ uint64_t fx_ms(void)
 void fx_start(struct fixture *f, const struct tb_http_options *options, tb_http_handler handler)
 {
     struct tb_error err = {0};
+    signal(SIGPIPE, SIG_IGN);
     memset(f, 0, sizeof(*f));
     tb_list_init(&f->clients);
     tb_buf_init(&f->log, 1 << 20);
@@ -248,12 +250,17 @@ static bool unchunk(char *p, size_t n, char **body, size_t *body_n, size_t *used
     return false;
 }
 
+static __attribute__((noinline)) char *head_end(char *p, size_t n)
+{
+    return memmem(p, n, "\r\n\r\n", 4);
+}
+
 static bool try_reply(struct client *c, struct reply *r, bool head_only)
 {
     if (!c->in.p) return false;
     char *p = c->in.p + c->at;
     size_t n = c->in.n - c->at;
-    char *end = n ? memmem(p, n, "\r\n\r\n", 4) : NULL;
+    char *end = head_end(p, n);
     if (!end) return false;
     size_t head_n = (size_t)(end - p) + 4;
     assert_true(head_n < sizeof(r->head));

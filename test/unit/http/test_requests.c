@@ -8,6 +8,8 @@
 #include <stdio.h>
 #include <sys/socket.h>
 
+#include "util/philox.h"
+
 #define H "Host: a\r\n"
 
 enum { MAX_BODY = 2000 };
@@ -576,6 +578,97 @@ static void test_failing_allocations(void **state)
     fx_stop(&f);
 }
 
+/* ---- mutations */
+
+/* Everything that the server says and its handler sees, but for what may differ with the delivery.
+ */
+static void transcript(struct fixture *f, const char *bytes, size_t n, size_t step,
+                       struct tb_buf *out)
+{
+    tb_buf_reset(&f->log);
+    tb_buf_reset(out);
+    struct client *c = client_open(f);
+    client_send_slowly(c, bytes, n, step);
+    shutdown(c->fd, SHUT_WR);
+    FX_UNTIL(f, c->eof);
+    assert_false(c->reset);
+    /* Dates differ, and so may "100 Continue" and which of two faults is named. */
+    static const struct {
+        const char *begin;
+        char end;
+    } skip[] = {{"HTTP/1.1 100 Continue\r\n\r", '\n'},
+                {"Date: ", '\n'},
+                {"Content-Length: ", '\n'},
+                {"{\"detail\": ", '}'}};
+    for (size_t i = 0; i < c->in.n; i++) {
+        const char *p = c->in.p + i;
+        size_t left = c->in.n - i;
+        bool skipped = false;
+        for (size_t k = 0; k < TB_ARRAY_LEN(skip) && !skipped; k++) {
+            size_t n_skip = strlen(skip[k].begin);
+            if (left <= n_skip || memcmp(p, skip[k].begin, n_skip) != 0) continue;
+            const char *to = memchr(p + n_skip, skip[k].end, left - n_skip);
+            if (to) i += (size_t)(to - p);
+            skipped = true;
+        }
+        if (!skipped) tb_buf_append(out, p, 1);
+    }
+    tb_buf_puts(out, "\n---\n");
+    tb_buf_append(out, f->log.p, f->log.n);
+    client_close(c);
+}
+
+/* Damaged requests: whatever becomes of them, it does not depend on how the bytes are split. */
+static void test_mutations(void **state)
+{
+    enum { N = 1500 };
+    struct fixture f;
+    struct tb_buf whole, split, bytes;
+    tb_buf_init(&whole, 1 << 20);
+    tb_buf_init(&split, 1 << 20);
+    tb_buf_init(&bytes, 1 << 20);
+    fx_start(&f, &(struct tb_http_options){.max_body = MAX_BODY}, fx_echo);
+    static const char spice[] = "\r\n\t :;,=%/?#0aZ\0\x7f\xff";
+    for (uint32_t i = 0; i < N; i++) {
+        uint32_t ctr[4] = {i}, key[2] = {2026, 1}, r[4];
+        tb_philox4x32(ctr, key, r);
+        tb_buf_reset(&bytes);
+        for (int k = 0; k < 2; k++) {
+            const struct request_case *one_case = &cases[r[k] % TB_ARRAY_LEN(cases)];
+            tb_buf_append(&bytes, one_case->bytes, case_len(one_case));
+        }
+        for (uint32_t k = 0; k < 1 + i % 3; k++) {
+            size_t at = (r[2] >> (k * 3)) % bytes.n;
+            ctr[1] = k + 1;
+            tb_philox4x32(ctr, key, r);
+            char c = spice[r[0] % (sizeof(spice) - 1)];
+            switch (r[1] % 3) {
+            case 0: bytes.p[at] = c; break;
+            case 1: /* drop one */
+                memmove(bytes.p + at, bytes.p + at + 1, bytes.n - at - 1);
+                bytes.n--;
+                break;
+            default: /* insert one */
+                tb_buf_append(&bytes, "x", 1);
+                memmove(bytes.p + at + 1, bytes.p + at, bytes.n - at - 1);
+                bytes.p[at] = c;
+            }
+        }
+        transcript(&f, bytes.p, bytes.n, SIZE_MAX, &whole);
+        transcript(&f, bytes.p, bytes.n, 1 + r[3] % 5, &split);
+        if (whole.n != split.n || memcmp(whole.p, split.p, whole.n) != 0) {
+            fail_msg("case %u: %.*s\n=== whole: %s\n=== split: %s", i, (int)bytes.n, bytes.p,
+                     whole.p, split.p);
+        }
+    }
+    FX_UNTIL(&f, fx_stats(&f).connections_open == 0);
+    assert_int_equal(fx_stats(&f).requests_open, 0);
+    fx_stop(&f);
+    tb_buf_fini(&whole);
+    tb_buf_fini(&split);
+    tb_buf_fini(&bytes);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -583,6 +676,7 @@ int main(void)
         cmocka_unit_test(test_one_byte_at_a_time),
         cmocka_unit_test(test_seven_bytes_at_a_time),
         cmocka_unit_test(test_pipelined),
+        cmocka_unit_test(test_mutations),
         cmocka_unit_test(test_limits),
         cmocka_unit_test(test_continue),
         cmocka_unit_test(test_helpers),
