@@ -240,10 +240,11 @@ class Run:
                  for group, (q, right) in list(zip(said, held))[:5]]
         return sum(rewards) / len(rewards), shown
 
-    def rl_step(self, client, adam, sampler, asked):
+    def rl_step(self, client, adam, sampler, asked, seed):
         """Samples a group of answers for each question, rewards them and takes one policy-gradient step."""
         rows, rewards = [], []
-        for (question, right), seqs in zip(asked, self.ask(sampler, [q for q, _ in asked], samples=RL_SAMPLES)):
+        answers = self.ask(sampler, [q for q, _ in asked], samples=RL_SAMPLES, seed=seed)
+        for (question, right), seqs in zip(asked, answers):
             prompt = self.text.prompt(question)
             group = [reward_of(self.text.decode(s.tokens), right) for s in seqs]
             rewards += group
@@ -266,8 +267,9 @@ class Run:
         before, shown = self.held_out_reward(sampler, held)
         show_samples("samples before:", shown)
         rng, progress = random.Random(4), Progress("  RL", "reward", steps, low=0.0, high=1.0)
-        for _ in range(steps):
-            progress.add(self.rl_step(client, adam, sampler, rng.sample(pool, RL_PROMPTS)))
+        for step in range(steps):
+            asked = rng.sample(pool, RL_PROMPTS)
+            progress.add(self.rl_step(client, adam, sampler, asked, seed=10000 + 100 * step))
             sampler = client.save_weights_and_get_sampling_client().result()
         # the last word has a checkpoint on disk, read back by its path
         path = client.save_weights_for_sampler(name="quickstart").result().path

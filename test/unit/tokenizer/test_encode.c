@@ -314,6 +314,28 @@ static void test_added(void **state)
     json_decref(file);
 }
 
+/* The demo model's folder, with ids recorded with transformers. */
+static void test_demo_model(void **state)
+{
+    static const int32_t want[] = {1022, 272, 273, 220, 18, 283, 220, 19, 30, 1023};
+    struct tb_tokenizer *t;
+    struct tb_error e;
+    struct tb_ids ids;
+    if (tb_tokenizer_create(TB_DEMO_MODEL, &t, &e)) fail_msg("%s", e.msg);
+    assert_int_equal(tb_tokenizer_vocab_size(t), 1024);
+    assert_int_equal(tb_tokenizer_eos_id(t), 1023);
+    assert_true(tb_tokenizer_is_special(t, 1023));
+    tb_ids_init(&ids);
+    assert_int_equal(
+        tb_tokenizer_encode(t, TB_SPAN_LIT("<|im_start|>What is 3 + 4?<|im_end|>"), 0, &ids, &e),
+        0);
+    assert_int_equal(ids.n, TB_ARRAY_LEN(want));
+    for (size_t i = 0; i < ids.n; i++)
+        assert_int_equal(ids.p[i], want[i]);
+    tb_ids_fini(&ids);
+    tb_tokenizer_destroy(t);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -321,6 +343,7 @@ int main(void)
         cmocka_unit_test(test_merge_order),      cmocka_unit_test(test_long_pre_token),
         cmocka_unit_test(test_bad_text),         cmocka_unit_test(test_unsupported),
         cmocka_unit_test(test_malformed_merges), cmocka_unit_test(test_added),
+        cmocka_unit_test(test_demo_model),
     };
     return cmocka_run_group_tests_name("tokenizer encode", tests, NULL, NULL);
 }
