@@ -491,6 +491,7 @@ int tb_tokenizer_encode(const struct tb_tokenizer *t, struct tb_span text, unsig
 {
     const struct tb_encoder *c = t->encoder;
     if (!c) return tb_error_set(e, TB_EUNSUPPORTED, "%s", t->no_encode);
+    if (!text.n) text.p = ""; /* a span of nothing may have no address */
     if (!valid_utf8(text)) return tb_error_set(e, TB_EINVAL, "text is not valid UTF-8");
     struct call k = {.c = c,
                      .match = pcre2_match_data_create(16, NULL),

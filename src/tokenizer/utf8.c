@@ -71,5 +71,5 @@ int tb_utf8_append(struct tb_buf *out, const char *p, size_t n)
         }
         i += len;
     }
-    return tb_buf_append(out, p + start, n - start);
+    return start < n ? tb_buf_append(out, p + start, n - start) : 0;
 }

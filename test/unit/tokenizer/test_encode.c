@@ -212,6 +212,7 @@ static void test_bad_text(void **state)
     assert_int_equal(tb_tokenizer_encode(t, TB_SPAN_LIT("\xED\xA0\x80"), 0, &ids, &e), TB_EINVAL);
     assert_int_equal(ids.n, 1);
     assert_int_equal(tb_tokenizer_encode(t, TB_SPAN_LIT(""), TB_ENCODE_TEMPLATE, &ids, &e), 0);
+    assert_int_equal(tb_tokenizer_encode(t, (struct tb_span){NULL, 0}, 0, &ids, &e), 0);
     assert_int_equal(ids.n, 1);
     tb_ids_fini(&ids);
     tb_tokenizer_destroy(t);
