@@ -21,6 +21,7 @@ struct tb_kv {
     char *mem;         /* [n_layers][n_pages][page_bytes]; NULL until tb_kv_ready */
     int32_t *free_list;
     int32_t *refs;
+    int64_t n_preempted; /* sequences that were sent away and computed again */
 };
 
 void tb_kv_init(struct tb_kv *kv, struct tb_model *m); /* decides n_pages; takes no memory */

@@ -79,6 +79,7 @@ static int32_t take_page(struct tb_model *m, const struct tb_seq *q)
         if (!v) return page;
         tb_seq_release(v);
         v->state = TB_SEQ_WAITING;
+        m->kv.n_preempted++;
     }
 }
 

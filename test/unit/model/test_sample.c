@@ -1,0 +1,445 @@
+/* Sampling: equality with training to the bit, seeds, stops, pages, validation. */
+#include "helper.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "util/mem.h"
+
+static const struct shape shapes[] = {
+    {"Qwen3ForCausalLM", 61, 37, 53, 2, 3, 1, 10, 200, false, 0},
+    {"Qwen2ForCausalLM", 131, 48, 40, 3, 4, 2, 12, 200, true, 7},
+    {"LlamaForCausalLM", 77, 64, 96, 2, 4, 4, 16, 200, false, 0},
+};
+
+static struct tb_model *open_model(struct tb_backend *be, const struct shape *s,
+                                   const struct tb_model_options *o)
+{
+    char *dir = random_model(s, 11, 1.5f / sqrtf((float)s->hidden));
+    struct tb_model *m = load_dir(be, dir, o);
+    remove_dir(dir);
+    return m;
+}
+
+static void same_sequences(const struct tb_op *x, const struct tb_op *y)
+{
+    assert_int_equal(x->result.n_sequences, y->result.n_sequences);
+    for (int i = 0; i < x->result.n_sequences; i++) {
+        const struct tb_sequence *a = &x->result.sequences[i], *b = &y->result.sequences[i];
+        assert_int_equal(a->n, b->n);
+        assert_int_equal(a->stopped, b->stopped);
+        assert_memory_equal(a->tokens, b->tokens, (size_t)a->n * 4);
+        assert_memory_equal(a->logprobs, b->logprobs, (size_t)a->n * 4);
+    }
+}
+
+/* Sampled in company, prefilled in odd chunks; forward() of prompt + sample gives the same bits. */
+static void agreement(struct tb_backend *be, const struct shape *s)
+{
+    struct tb_model *m = open_model(be, s, NULL);
+    struct tb_adapter *a = random_adapter(m, 4, 1, 0.1f), *b = random_adapter(m, 9, 2, 0.1f);
+    struct tb_adapter_version *va, *vb;
+    CHECK_OK(tb_adapter_publish(a, &va, &check_err));
+    CHECK_OK(tb_adapter_publish(b, &vb, &check_err));
+    enum { N = 4, GEN = 90 };
+    static const int lens[N] = {37, 1, 90, 16};
+    struct tb_adapter_version *vs[N] = {va, vb, va, NULL};
+    struct tb_op *ops[N];
+    int32_t prompt[N][100];
+    for (int i = 0; i < N; i++) {
+        random_tokens(prompt[i], lens[i], s->vocab, 100 + (uint64_t)i);
+        ops[i] = op_sample(prompt[i], lens[i], GEN, 7);
+        ops[i]->u.sample.n_samples = i == 0 ? 3 : 1;
+        ops[i]->u.sample.prompt_logprobs = true;
+    }
+    run_samples(m, vs, ops, N, 23);
+    int different = 0;
+    for (int i = 0; i < N; i++)
+        for (int j = 0; j < ops[i]->result.n_sequences; j++) {
+            const struct tb_sequence *q = &ops[i]->result.sequences[j];
+            int32_t all[200];
+            assert_int_equal(q->n, GEN);
+            assert_false(q->stopped);
+            memcpy(all, prompt[i], (size_t)lens[i] * 4);
+            memcpy(all + lens[i], q->tokens, GEN * 4);
+            struct tb_op *f = op_cross_entropy(all, lens[i] + GEN, false);
+            struct tb_adapter *zero = NULL;
+            if (!vs[i]) { /* the base model: a fresh adapter adds nothing */
+                struct tb_lora_config c = {1, 32, true, 1, true, true, true};
+                CHECK_OK(tb_adapter_create(&zero, m, &c, &check_err));
+            }
+            run_train(m, zero ? zero : vs[i] == va ? a : b, f);
+            const float *lp = f->result.outputs[0].logprobs;
+            assert_memory_equal(lp + lens[i] - 1, q->logprobs, GEN * 4);
+            assert_memory_equal(lp, ops[i]->result.prompt_logprobs + 1, (size_t)(lens[i] - 1) * 4);
+            tb_op_destroy(f);
+            tb_adapter_free(zero);
+            different +=
+                j > 0 && memcmp(q->tokens, ops[i]->result.sequences[0].tokens, GEN * 4) != 0;
+        }
+    assert_int_equal(different, 2); /* samples of one prompt have streams of their own */
+    for (int i = 0; i < N; i++)
+        tb_op_destroy(ops[i]);
+    tb_version_unref(va);
+    tb_version_unref(vb);
+    tb_adapter_free(a);
+    tb_adapter_free(b);
+    tb_model_free(m);
+}
+
+static void test_agreement(void **state)
+{
+    (void)state;
+    for (size_t k = 0; k < TB_ARRAY_LEN(shapes); k++) {
+        agreement(backend_f32(), &shapes[k]);
+        if (backend_bf16()) agreement(backend_bf16(), &shapes[k]);
+    }
+}
+
+static struct tb_op *filtered(const int32_t *prompt, int n, int max, uint64_t seed, int n_samples)
+{
+    struct tb_op *op = op_sample(prompt, n, max, seed);
+    op->u.sample.temperature = 0.8f;
+    op->u.sample.top_k = 20;
+    op->u.sample.top_p = 0.9f;
+    op->u.sample.n_samples = n_samples;
+    op->u.sample.topk_sample_logprobs = 3;
+    return op;
+}
+
+/* The same request gives the same samples alone, under load and when pages run out. */
+static void test_seeds_and_preemption(void **state)
+{
+    (void)state;
+    struct tb_backend *bes[2] = {backend_f32(), backend_bf16()};
+    for (int t = 0; t < 2 && bes[t]; t++) {
+        const struct shape *s = &shapes[0];
+        struct tb_model *big = open_model(bes[t], s, NULL);
+        size_t page = big->kv.bytes / (size_t)big->kv.n_pages;
+        /* 13 pages are what the longest sequence needs; five requests want about sixty. */
+        struct tb_model_options o = {.kv_bytes = 13 * page + page / 2};
+        struct tb_model *tight = open_model(bes[t], s, &o);
+        assert_int_equal(tight->kv.n_pages, 13);
+        enum { N = 5 };
+        struct tb_op *alone[N], *load[N], *pressed[N];
+        for (int i = 0; i < N; i++) {
+            int32_t prompt[100];
+            int n = 5 + 20 * i, max = i == 4 ? 115 : 40;
+            random_tokens(prompt, n, s->vocab, 300 + (uint64_t)i);
+            alone[i] = filtered(prompt, n, max, 9 + (uint64_t)i, 3);
+            load[i] = filtered(prompt, n, max, 9 + (uint64_t)i, 3);
+            pressed[i] = filtered(prompt, n, max, 9 + (uint64_t)i, 3);
+            run_samples(big, NULL, &alone[i], 1, 1000);
+        }
+        run_samples(big, NULL, load, N, 11);
+        run_samples(tight, NULL, pressed, N, 50);
+        assert_true(big->kv.n_preempted == 0 && tight->kv.n_preempted > 0);
+        for (int i = 0; i < N; i++) {
+            same_sequences(alone[i], load[i]);
+            same_sequences(alone[i], pressed[i]);
+            const struct tb_sequence *q = &alone[i]->result.sequences[1];
+            for (int j = 0; j < q->n;
+                 j++) { /* raw logprobs: the sampled one is among or below the top */
+                assert_true(q->topk_logprobs[j * 3] >= q->topk_logprobs[j * 3 + 1]);
+                for (int k = 0; k < 3; k++)
+                    if (q->topk_ids[j * 3 + k] == q->tokens[j])
+                        assert_true(q->topk_logprobs[j * 3 + k] == q->logprobs[j]);
+                assert_true(q->logprobs[j] <= q->topk_logprobs[j * 3]);
+            }
+        }
+        /* Another seed, another text. */
+        int32_t prompt[5];
+        random_tokens(prompt, 5, s->vocab, 300);
+        struct tb_op *x = filtered(prompt, 5, 40, 1234567, 1);
+        run_samples(big, NULL, &x, 1, 1000);
+        assert_memory_not_equal(x->result.sequences[0].tokens, alone[0]->result.sequences[0].tokens,
+                                160);
+        tb_op_destroy(x);
+        for (int i = 0; i < N; i++) {
+            tb_op_destroy(alone[i]);
+            tb_op_destroy(load[i]);
+            tb_op_destroy(pressed[i]);
+        }
+        tb_model_free(big);
+        tb_model_free(tight);
+    }
+}
+
+/* The draws follow the filtered distribution: top_k 1 and T 0 are greedy, top_k 2 draws from two.
+ */
+static void test_filters(void **state)
+{
+    (void)state;
+    struct tb_model *m = open_model(backend_f32(), &shapes[0], NULL);
+    int32_t prompt[6];
+    random_tokens(prompt, 6, 61, 1);
+    struct tb_op *op[3];
+    for (int i = 0; i < 3; i++) {
+        op[i] = op_sample(prompt, 6, i == 2 ? 1 : 20, 5);
+        op[i]->u.sample.topk_sample_logprobs = 2;
+    }
+    op[0]->u.sample.temperature = 0;
+    op[1]->u.sample.top_k = 1;
+    op[2]->u.sample.top_k = 2;
+    op[2]->u.sample.n_samples = 400;
+    run_samples(m, NULL, op, 3, 100);
+    same_sequences(op[0], op[1]);
+    int first = 0;
+    const struct tb_sequence *q = op[2]->result.sequences;
+    for (int i = 0; i < 400; i++) {
+        assert_true(q[i].tokens[0] == q[i].topk_ids[0] || q[i].tokens[0] == q[i].topk_ids[1]);
+        first += q[i].tokens[0] == q[i].topk_ids[0];
+    }
+    double p0 = exp((double)q[0].topk_logprobs[0]), p1 = exp((double)q[0].topk_logprobs[1]);
+    double p = p0 / (p0 + p1), sd = sqrt(p * (1 - p) * 400);
+    assert_true(fabs(first - 400 * p) < 5 * sd);
+    for (int i = 0; i < 3; i++)
+        tb_op_destroy(op[i]);
+    tb_model_free(m);
+}
+
+/* ---- stops, with the oracle's tokenizer */
+
+static struct tb_op *greedy(const int32_t *prompt, int n, int max)
+{
+    struct tb_op *op = op_sample(prompt, n, max, 1);
+    op->u.sample.temperature = 0;
+    return op;
+}
+
+static void test_stops(void **state)
+{
+    (void)state;
+    struct tb_model *m = load_oracle(backend_f32(), "qwen3");
+    const struct tb_model_info *info = tb_model_info(m);
+    assert_int_equal(info->n_eos, 2);
+    assert_int_equal(info->eos[0], 317);
+    assert_int_equal(info->eos[1], 315);
+    assert_non_null(info->tokenizer);
+    /* Greedy on from this prompt: 116 277 46 315 114 315 114 ... */
+    static const int32_t prompt[6] = {314, 220, 80, 84, 280, 74}, stop114[] = {9999, 114};
+    static const char *strings[] = {"zzz", "O"}; /* 46 is "O" */
+    static const char *across[] = {"deO"};       /* 277 and 46 */
+    static const char *eos_text[] = {"<|endoftext|>"};
+    const struct {
+        bool given;
+        int n_ids, n_strings, max;
+        const char *const *s;
+        int n;
+        bool stopped;
+    } cases[] = {
+        {false, 0, 0, 24, NULL, 4, true},    /* no stop: EOS stops and is kept */
+        {true, 0, 0, 24, NULL, 24, false},   /* stop = []: nothing does */
+        {true, 2, 0, 24, NULL, 4, true},     /* EOS still stops */
+        {true, 0, 2, 24, strings, 3, true},  /* a string, kept */
+        {true, 0, 1, 24, across, 3, true},   /* over two tokens */
+        {true, 2, 2, 24, strings, 3, true},  /* mixed lists */
+        {false, 0, 0, 4, NULL, 4, true},     /* limit and stop on one token: stop */
+        {true, 0, 2, 3, strings, 3, true},   /* the same with a string */
+        {true, 0, 1, 24, eos_text, 4, true}, /* special tokens are rendered */
+        {false, 0, 0, 3, NULL, 3, false},    /* limit before the stop */
+    };
+    for (size_t i = 0; i < TB_ARRAY_LEN(cases); i++) {
+        struct tb_op *op = greedy(prompt, 6, cases[i].max);
+        op->u.sample.stop_given = cases[i].given;
+        op->u.sample.stop_tokens = stop114;
+        op->u.sample.n_stop_tokens = cases[i].n_ids;
+        op->u.sample.stop_strings = cases[i].s;
+        op->u.sample.n_stop_strings = cases[i].n_strings;
+        run_samples(m, NULL, &op, 1, 100);
+        const struct tb_sequence *q = op->result.sequences;
+        if (q->n != cases[i].n || q->stopped != cases[i].stopped)
+            fail_msg("case %zu: %d tokens, stopped %d", i, q->n, q->stopped);
+        tb_op_destroy(op);
+    }
+    tb_model_free(m);
+}
+
+/* ---- what a prompt can be asked for */
+
+static void test_prompt_outputs(void **state)
+{
+    (void)state;
+    struct tb_model *m = open_model(backend_f32(), &shapes[0], NULL);
+    int32_t prompt[30];
+    random_tokens(prompt, 30, 61, 1);
+    enum { P = 30, K = 5, ALT = 4 };
+    struct tb_op *full = op_sample(prompt, P, 3, 1), *op = op_sample(prompt, P, 3, 1);
+    full->u.sample.prompt_logprobs = op->u.sample.prompt_logprobs = true;
+    op->u.sample.n_samples = 2; /* the prompt's end is shared */
+    op->u.sample.prompt_logprobs_last_n = 4;
+    op->u.sample.topk_prompt_logprobs = 70; /* more than the vocabulary */
+    op->u.sample.prompt_alt_tokens_k = ALT;
+    int64_t t[(P - 1) * K];
+    for (int i = 0; i < (P - 1) * K; i++)
+        t[i] = i % 7 == 0 ? -1 : i % 61;
+    op->u.sample.has_target_prompt_logprobs = true;
+    op->u.sample.target_prompt_logprobs = (struct tb_tensor){
+        .type = TB_TENSOR_I64, .n_dims = 2, .shape = {P - 1, K}, .n = (P - 1) * K, .data.i64 = t};
+    run_samples(m, NULL, &full, 1, 7);
+    run_samples(m, NULL, &op, 1, 7);
+    const struct tb_result *r = &op->result;
+    float table[61];
+    for (int i = 0; i < P; i++) {
+        assert_true(i < P - 4 ? isnan(r->prompt_logprobs[i])
+                              : r->prompt_logprobs[i] == full->result.prompt_logprobs[i]);
+        const int32_t *ids = r->topk_prompt_ids + i * 70;
+        const float *lps = r->topk_prompt_logprobs + i * 70;
+        for (int j = i ? 61 : 0; j < 70; j++)
+            assert_true(ids[j] == 0 && lps[j] == -99999.0f);
+        if (i == 0) continue;
+        double sum = 0;
+        for (int j = 0; j < 61; j++) {
+            sum += exp((double)lps[j]);
+            assert_true(j == 0 || lps[j] <= lps[j - 1]);
+            table[ids[j]] = lps[j];
+        }
+        assert_true(fabs(sum - 1) < 1e-5);
+        assert_true(table[prompt[i]] == full->result.prompt_logprobs[i]);
+        for (int j = 0; j < K; j++) {
+            int64_t id = t[(i - 1) * K + j];
+            assert_true(r->target_prompt_logprobs[(i - 1) * K + j] == (id < 0 ? 0 : table[id]));
+        }
+        for (int j = 0; j < ALT; j++)
+            assert_true(r->alt_logprobs[(i - 1) * ALT + j] ==
+                        table[r->alt_tokens[(i - 1) * ALT + j]]);
+    }
+    int different = 0;
+    for (int i = 0; i < (P - 1) * ALT; i += ALT)
+        different += r->alt_tokens[i] != r->alt_tokens[i + 1];
+    assert_true(different > 5);
+    tb_op_destroy(full);
+    tb_op_destroy(op);
+    tb_model_free(m);
+}
+
+/* ---- validation and room */
+
+static void test_validation(void **state)
+{
+    (void)state;
+    struct tb_model *m = open_model(backend_f32(), &shapes[0], NULL); /* no tokenizer */
+    int32_t prompt[10] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10};
+    static const char *strings[] = {""};
+    static const char *text[] = {"x"};
+    static const struct {
+        const char *what, *msg;
+        int code;
+    } cases[] = {
+        {"empty", "prompt is empty", TB_EINVAL},
+        {"token", "prompt at position 3 is 61; token ids are from 0 to 60", TB_EINVAL},
+        {"token<0", "prompt at position 3 is -5", TB_EINVAL},
+        {"T", "temperature is -0.5", TB_EINVAL},
+        {"T nan", "temperature is", TB_EINVAL},
+        {"top_p 0", "top_p is 0; it must be above 0 and at most 1", TB_EINVAL},
+        {"top_p 1.1", "top_p is 1.1", TB_EINVAL},
+        {"top_k 0", "top_k is 0; it must be -1 (off) or at least 1", TB_EINVAL},
+        {"top_k -2", "top_k is -2", TB_EINVAL},
+        {"max 0", "max_tokens is 0; it must be at least 1", TB_EINVAL},
+        {"max -2", "max_tokens is -2", TB_EINVAL},
+        {"n 0", "num_samples is 0; it must be from 1 to", TB_EINVAL},
+        {"context",
+         "Prompt length plus max_tokens exceeds the model's context window: 10 + 191 > 200",
+         TB_EINVAL},
+        {"last_n", "prompt_logprobs_last_n is 10; it must be from 1 to 9", TB_EINVAL},
+        {"last_n alone", "prompt_logprobs_last_n needs prompt_logprobs", TB_EINVAL},
+        {"topk", "topk_prompt_logprobs is -1", TB_EINVAL},
+        {"targets", "target_prompt_logprobs must be int64 of shape [9, K]", TB_EINVAL},
+        {"stop", "", TB_EINVAL},
+        {"stop text", "", TB_EINVAL}, /* there is no tokenizer */
+    };
+    for (size_t i = 0; i < TB_ARRAY_LEN(cases); i++) {
+        const char *w = cases[i].what;
+        struct tb_op *op = op_sample(prompt, 10, 5, 1);
+        struct tb_sample *s = &op->u.sample;
+        if (!strcmp(w, "empty")) s->n_prompt = 0;
+        if (!strcmp(w, "token")) ((int32_t *)(uintptr_t)s->prompt)[3] = 61;
+        if (!strcmp(w, "token<0")) ((int32_t *)(uintptr_t)s->prompt)[3] = -5;
+        if (!strcmp(w, "T")) s->temperature = -0.5f;
+        if (!strcmp(w, "T nan")) s->temperature = NAN;
+        if (!strcmp(w, "top_p 0")) s->top_p = 0;
+        if (!strcmp(w, "top_p 1.1")) s->top_p = 1.1f;
+        if (!strcmp(w, "top_k 0")) s->top_k = 0;
+        if (!strcmp(w, "top_k -2")) s->top_k = -2;
+        if (!strcmp(w, "max 0")) s->max_tokens = 0;
+        if (!strcmp(w, "max -2")) s->max_tokens = -2;
+        if (!strcmp(w, "n 0")) s->n_samples = 0;
+        if (!strcmp(w, "context")) s->max_tokens = 191;
+        if (!strncmp(w, "last_n", 6)) s->prompt_logprobs_last_n = 10;
+        if (!strcmp(w, "last_n")) s->prompt_logprobs = true;
+        if (!strcmp(w, "topk")) s->topk_prompt_logprobs = -1;
+        if (!strcmp(w, "targets")) s->has_target_prompt_logprobs = true;
+        if (!strncmp(w, "stop", 4)) {
+            s->n_stop_strings = 1;
+            s->stop_strings = !strcmp(w, "stop") ? strings : text;
+        }
+        struct tb_sampling *out = NULL;
+        int rc = tb_sampling_create(&out, m, NULL, op);
+        if (rc != cases[i].code || op->error.code != rc || !strstr(op->error.msg, cases[i].msg))
+            fail_msg("%s: %d %s", w, rc, op->error.msg);
+        assert_null(out);
+        tb_op_destroy(op);
+    }
+    assert_true(tb_list_empty(&m->samplings));
+    tb_model_free(m);
+}
+
+static void test_room(void **state)
+{
+    (void)state;
+    struct tb_model *m = open_model(backend_f32(), &shapes[0], NULL);
+    size_t page = m->kv.bytes / (size_t)m->kv.n_pages;
+    struct tb_model_options o = {.kv_bytes = 4 * page};
+    struct tb_model *small = open_model(backend_f32(), &shapes[0], &o);
+    int32_t prompt[10] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10};
+    struct tb_op *fits = op_sample(prompt, 10, 55, 1), *over = op_sample(prompt, 10, 56, 1);
+    struct tb_op *fill = op_sample(prompt, 10, -1, 1), *fill_small = op_sample(prompt, 10, -1, 1);
+    struct tb_sampling *s = NULL;
+    assert_int_equal(tb_sampling_create(&s, small, NULL, over), TB_ENOMEM);
+    assert_non_null(strstr(over->error.msg, "65 tokens need 5 KV pages"));
+    run_samples(small, NULL, &fits, 1, 100);
+    assert_int_equal(fits->result.sequences[0].n, 55);
+    run_samples(m, NULL, &fill, 1, 100); /* to the context's end */
+    assert_int_equal(fill->result.sequences[0].n, 190);
+    run_samples(small, NULL, &fill_small, 1, 100); /* to the pool's end */
+    assert_int_equal(fill_small->result.sequences[0].n, 55);
+    /* Destroyed midway, a sampling gives everything back; a budget of zero rows prefills nothing.
+     */
+    struct tb_op *half = op_sample(prompt, 10, 55, 1);
+    CHECK_OK((half->u.sample.n_samples = 3, tb_sampling_create(&s, small, NULL, half)));
+    int rows;
+    CHECK_OK(tb_model_sample_step(small, &s, 1, 0, &rows, &check_err));
+    assert_int_equal(rows, 0);
+    for (int i = 0; i < 4; i++) {
+        CHECK_OK(tb_model_sample_step(small, &s, 1, 10, &rows, &check_err));
+        assert_int_equal(rows, i == 0 ? 10 : 3);
+    }
+    assert_false(tb_sampling_done(s));
+    assert_true(small->kv.n_free < 4);
+    tb_sampling_destroy(s);
+    assert_int_equal(small->kv.n_free, 4);
+    struct tb_op *all[] = {fits, over, fill, fill_small, half};
+    for (size_t i = 0; i < TB_ARRAY_LEN(all); i++)
+        tb_op_destroy(all[i]);
+    tb_model_free(m);
+    tb_model_free(small);
+}
+
+static int teardown(void **state)
+{
+    (void)state;
+    backends_fini();
+    return 0;
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_agreement),      cmocka_unit_test(test_seeds_and_preemption),
+        cmocka_unit_test(test_filters),        cmocka_unit_test(test_stops),
+        cmocka_unit_test(test_prompt_outputs), cmocka_unit_test(test_validation),
+        cmocka_unit_test(test_room),
+    };
+    return cmocka_run_group_tests_name("model sampling", tests, NULL, teardown);
+}
