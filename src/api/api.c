@@ -50,6 +50,11 @@ int tb_api_create(struct tb_api **out, uv_loop_t *loop, struct tb_core *core,
     return 0;
 }
 
+void tb_api_set_remote(struct tb_api *a)
+{
+    a->o.loopback = false;
+}
+
 static void finish(struct tb_api *a)
 {
     void (*cb)(void *) = a->close_cb;

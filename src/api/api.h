@@ -28,6 +28,8 @@ struct tb_api_options {
 
 int tb_api_create(struct tb_api **out, uv_loop_t *loop, struct tb_core *core,
                   const struct tb_api_options *o, struct tb_error *err);
+/* The server listens beyond loopback now: clients may not share its file system. */
+void tb_api_set_remote(struct tb_api *a);
 /* cb when no work of ours is left in the pool. */
 void tb_api_close(struct tb_api *a, void (*cb)(void *arg), void *arg);
 

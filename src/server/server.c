@@ -13,6 +13,7 @@
 #include "core/core.h"
 #include "engine/engine.h"
 #include "http/http.h"
+#include "server/options.h"
 #include "store/store.h"
 #include "util/limits.h"
 #include "util/log.h"
@@ -211,7 +212,9 @@ int tb_server_listen(tb_server_t *s, const char *host, int port, int *bound_port
 {
     struct tb_error err = {0};
     int rc = tb_http_server_listen(s->http, host, port, bound_port, &err);
-    return rc ? copy_error(errbuf, &err) : 0;
+    if (rc) return copy_error(errbuf, &err);
+    if (!tb_host_is_loopback(host)) tb_api_set_remote(s->api);
+    return 0;
 }
 
 /* ---- drain and close */
