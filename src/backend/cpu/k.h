@@ -27,4 +27,13 @@ static inline int words(int n)
     return (n + KP - 1) / KP;
 }
 
+/* Walks n elements a vector at a time; m is VW, and what is left in the last round. The two rounds
+ * of the outer loop are there so that the compiler sees a constant m in the long one and drops the
+ * masks. */
+#define EACH(i, m, n)                                                                              \
+    _Pragma("GCC unroll 2") for (int last_ = 0, n_ = (n); last_ < 2;                               \
+                                 last_++) for (int i = last_ ? n_ / VW * VW : 0,                   \
+                                               m = last_ ? n_ % VW : VW;                           \
+                                               last_ ? i < n_ : i + VW <= n_; i += VW)
+
 #endif

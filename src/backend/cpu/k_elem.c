@@ -49,8 +49,6 @@ static void for_flat(struct tb_backend *be, void (*fn)(const void *arg, size_t f
     tb_team_run(tb_cpu(be)->team, flat_task, &f, (int)((n + PIECE - 1) / PIECE));
 }
 
-#define EACH(i, m, n) for (int i = 0, m; i < (n) && (m = imin(VW, (n)-i)) > 0; i += VW)
-
 /* ---- embedding */
 
 struct embed {

@@ -81,11 +81,9 @@ static void dlogits_task(void *arg, int t, int thread)
     for (int j = 0; j < h->K; j++)
         if (id[j] >= 0) sum += g[j];
     vf lse = vf_set1(h->lse_in[t]), c = vf_set1(-sum);
-    for (int v = 0; v < h->V; v += VW) {
-        int m = imin(VW, h->V - v);
-        vf d = sum == 0 ? vf_zero() : vf_mul(c, vf_exp(vf_sub(vf_loadn(z + v, m), lse)));
-        va_storen(dl + v, d, m);
-    }
+    if (sum == 0) memset(dl, 0, (size_t)h->V * sizeof(act_t));
+    EACH(v, m, sum == 0 ? 0 : h->V)
+    va_storen(dl + v, vf_mul(c, vf_exp(vf_sub(vf_loadn(z + v, m), lse))), m);
     for (int j = 0; j < h->K; j++) {
         if (id[j] < 0 || id[j] >= h->V) continue;
         float all = 0, p[VW];
