@@ -20,12 +20,12 @@ struct range {
 static int check_ranges(const struct tb_optim_step *o, struct tb_error *err)
 {
     const struct range r[] = {
-        {"learning_rate", o->learning_rate, 0, INFINITY, false},
+        {"learning_rate", o->learning_rate, 0, HUGE_VAL, false},
         {"beta1", o->beta1, 0, 1, false},
         {"beta2", o->beta2, 0, 1, false},
-        {"eps", o->eps, 0, INFINITY, true},
-        {"weight_decay", o->weight_decay, 0, INFINITY, false},
-        {"grad_clip_norm", o->grad_clip_norm, 0, INFINITY, false},
+        {"eps", o->eps, 0, HUGE_VAL, true},
+        {"weight_decay", o->weight_decay, 0, HUGE_VAL, false},
+        {"grad_clip_norm", o->grad_clip_norm, 0, HUGE_VAL, false},
     };
     if (o->type && strcmp(o->type, "adamw"))
         return tb_error_set(err, TB_EUNSUPPORTED, "optimizer %s is not supported; adamw is",
