@@ -230,6 +230,11 @@ static void test_other_results(void **state)
     assert_json(op,
                 "{\"path\":\"tinker://s:train:0/weights/a\",\"sampling_session_id\":\"s:sample:1\","
                 "\"type\":\"save_weights_for_sampler\"}");
+    op->result.path = NULL; /* ephemeral: tinkex wants a path all the same */
+    op->u.save_weights.sampling_session_seq_id = 1;
+    assert_json(op,
+                "{\"path\":\"tinker://s:train:0/sampler_weights/ephemeral-1\","
+                "\"sampling_session_id\":\"s:sample:1\",\"type\":\"save_weights_for_sampler\"}");
     op->type = TB_OP_LOAD_WEIGHTS;
     op->result = (struct tb_result){.size_bytes = -1, .path = "p", .model_id = "m"};
     assert_json(op, "{\"path\":\"p\",\"model_id\":\"m\",\"type\":\"load_weights\"}");

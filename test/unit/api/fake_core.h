@@ -1,0 +1,138 @@
+/*
+ * A core of the test's own: it keeps what was submitted and answers as the test says, so that the
+ * face can be seen alone. The store behind it is the real one. Included by one test only.
+ */
+#ifndef TEST_API_FAKE_CORE_H
+#define TEST_API_FAKE_CORE_H
+
+#include <stdio.h>
+#include <string.h>
+
+#include "core/core.h"
+#include "util/mem.h"
+
+struct tb_core {
+    struct tb_store *store;
+    struct tb_op *op; /* the last one submitted */
+    int n_submitted, n_sessions, n_waits, n_unwaits, n_delivered;
+    struct tb_error refuse; /* the next submit's answer */
+    struct tb_waiter *waiter;
+    enum tb_future_state state; /* of every future */
+    char finish_reason[32], session_key[64], last_id[600];
+};
+
+static struct tb_core fake;
+
+int tb_core_create_session(struct tb_core *c, const struct tb_session_params *p, const char **id,
+                           struct tb_error *err)
+{
+    (void)err;
+    c->n_sessions++;
+    snprintf(c->session_key, sizeof(c->session_key), "%s",
+             p->idempotency_key ? p->idempotency_key : "-");
+    *id = "sess-1";
+    return 0;
+}
+
+int tb_core_heartbeat(struct tb_core *c, const char *id, struct tb_error *err)
+{
+    (void)c;
+    return strcmp(id, "sess-1") ? tb_error_set(err, TB_EGONE, "session %s is gone", id) : 0;
+}
+
+int tb_core_finish_session(struct tb_core *c, const char *id, const char *reason,
+                           const char *detail, struct tb_error *err)
+{
+    if (strcmp(id, "sess-1")) return tb_error_set(err, TB_ENOTFOUND, "no session %s", id);
+    snprintf(c->finish_reason, sizeof(c->finish_reason), "%s/%s", reason, detail ? detail : "-");
+    return 0;
+}
+
+int tb_core_submit(struct tb_core *c, struct tb_op *op, struct tb_ticket *out, struct tb_error *err)
+{
+    tb_op_destroy(c->op);
+    c->op = NULL;
+    if (c->refuse.code) {
+        *err = c->refuse;
+        c->refuse.code = 0;
+        tb_op_destroy(op);
+        return err->code;
+    }
+    c->op = op;
+    c->n_submitted++;
+    out->request_id = "req-1";
+    out->model_id = op->model_id ? op->model_id : "sess-1:train:0";
+    return 0;
+}
+
+void tb_core_wait(struct tb_core *c, const char *id, size_t n, struct tb_waiter *w)
+{
+    c->n_waits++;
+    snprintf(c->last_id, sizeof(c->last_id), "%.*s", (int)n, id);
+    c->waiter = w;
+    if (c->state != TB_FUTURE_PENDING) {
+        c->waiter = NULL;
+        w->cb(w, c->state, c->op, NULL, NULL);
+    }
+}
+
+void tb_core_unwait(struct tb_core *c, struct tb_waiter *w)
+{
+    (void)w;
+    c->n_unwaits++;
+    c->waiter = NULL;
+}
+
+void tb_core_delivered(struct tb_core *c, const char *id, size_t n)
+{
+    (void)id;
+    (void)n;
+    c->n_delivered++;
+}
+
+int tb_core_model_info(struct tb_core *c, const char *id, struct tb_model_answer *out,
+                       struct tb_error *err)
+{
+    (void)c;
+    if (strcmp(id, "sess-1:train:0")) return tb_error_set(err, TB_ENOTFOUND, "no model %s", id);
+    *out = (struct tb_model_answer){
+        .model_id = "sess-1:train:0", .base_model = "tiny", .arch = "llama", .lora = {.rank = 8}};
+    return 0;
+}
+
+void tb_core_create_sampling_session(struct tb_core *c, const struct tb_sampling_session_params *p,
+                                     tb_core_sampler_cb cb, void *arg)
+{
+    (void)c;
+    struct tb_error e = {0};
+    if (p->base_model && strcmp(p->base_model, "tiny"))
+        tb_error_set(&e, TB_EINVAL, "no base model %s", p->base_model);
+    cb(arg, &e, "sess-1:sample:1");
+}
+
+struct tb_store *tb_core_store(struct tb_core *c)
+{
+    return c->store;
+}
+
+int tb_core_n_models(const struct tb_core *c)
+{
+    (void)c;
+    return 1;
+}
+
+void tb_core_served_model(const struct tb_core *c, int i, struct tb_served_model *out)
+{
+    (void)c;
+    (void)i;
+    *out = (struct tb_served_model){
+        .name = "tiny", .dir = "/models/tiny", .arch = "llama", .max_context = 512, .max_rank = 64};
+}
+
+void tb_core_stats(const struct tb_core *c, struct tb_core_stats *out)
+{
+    *out = (struct tb_core_stats){.sessions = (uint64_t)c->n_sessions};
+    out->submitted[TB_OP_SAMPLE] = 3;
+}
+
+#endif
