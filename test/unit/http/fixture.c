@@ -166,7 +166,7 @@ void client_reset(struct client *c)
     client_close(c);
 }
 
-void client_send(struct client *c, const void *p, size_t n)
+bool client_send(struct client *c, const void *p, size_t n)
 {
     const char *at = p;
     uint64_t end = fx_ms() + HANG_MS;
@@ -177,11 +177,12 @@ void client_send(struct client *c, const void *p, size_t n)
             n -= (size_t)k;
             continue;
         }
-        if (errno == EPIPE || errno == ECONNRESET) return;
+        if (errno == EPIPE || errno == ECONNRESET) return false;
         assert_true(errno == EAGAIN);
         if (fx_ms() > end) fail_msg("hangs sending");
         fx_turn(c->f);
     }
+    return true;
 }
 
 void client_puts(struct client *c, const char *s)

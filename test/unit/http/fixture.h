@@ -75,7 +75,8 @@ void fx_hold(void *arg, struct tb_http_request *req);
 struct client *client_open(struct fixture *f);
 void client_close(struct client *c);
 void client_reset(struct client *c); /* closes with a RST */
-void client_send(struct client *c, const void *p, size_t n);
+/* False: the server cut the connection. */
+bool client_send(struct client *c, const void *p, size_t n);
 void client_puts(struct client *c, const char *s);
 /* Sends `step` bytes at a time, each taken by the server before the next. Stops when it closes. */
 void client_send_slowly(struct client *c, const void *p, size_t n, size_t step);

@@ -190,7 +190,7 @@ static void test_refusal_reaches_a_sending_client(void **state)
                    ? "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 8388608\r\n\r\n"
                    : "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n800000\r\n");
         /* Ours sends everything before it reads, as many clients do. */
-        client_send(c, data, 8 << 20);
+        assert_true(client_send(c, data, 8 << 20));
         client_expect(c, 413, NULL);
         client_expect_eof(c);
         assert_false(c->reset);
@@ -302,6 +302,31 @@ static void test_drain_waits_for_answers(void **state)
     assert_int_equal(f.n_aborted, 0);
     fx_stop(&f);
     assert_int_equal(drained, 1);
+}
+
+/* Announced as keep-alive before the drain; it must not stay open after it. */
+static void test_drain_ends_a_stream_begun_before(void **state)
+{
+    struct fixture f;
+    unsigned drained = 0;
+    fx_start(&f, NULL, fx_hold);
+    struct client *c = client_open(&f);
+    client_puts(c, GET("/1"));
+    FX_UNTIL(&f, f.n_held == 1);
+    tb_http_stream_begin(f.held[0], 200, "text/plain", NULL, 0);
+    tb_http_stream_chunk(f.held[0], "ab", 2);
+    tb_http_server_drain(f.s, 600000, count_cb, &drained);
+    for (int i = 0; i < 5; i++)
+        fx_turn(&f);
+    assert_int_equal(drained, 0);
+    tb_http_stream_chunk(f.held[0], "c", 1);
+    tb_http_stream_end(f.held[0]);
+    client_expect(c, 200, "abc");
+    client_expect_eof(c);
+    client_close(c);
+    FX_UNTIL(&f, drained == 1);
+    assert_int_equal(f.n_aborted, 0);
+    fx_stop(&f);
 }
 
 static void test_drain_cuts_after_the_grace(void **state)
@@ -422,6 +447,7 @@ int main(void)
         cmocka_unit_test(test_max_connections),
         cmocka_unit_test(test_thousands_of_long_polls),
         cmocka_unit_test(test_drain_waits_for_answers),
+        cmocka_unit_test(test_drain_ends_a_stream_begun_before),
         cmocka_unit_test(test_drain_cuts_after_the_grace),
         cmocka_unit_test(test_drain_of_nothing),
         cmocka_unit_test(test_close_while_draining),
