@@ -8,6 +8,7 @@
  *
  * Prints what happens and exits 0 when all of it did.
  */
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -115,6 +116,7 @@ int main(int argc, char **argv)
         fprintf(stderr, "usage: embed MODEL_DIR DATA_DIR\n");
         return 2;
     }
+    signal(SIGPIPE, SIG_IGN); /* a client that hangs up is an error code, not a signal */
     memset(&a, 0, sizeof(a));
     uv_loop_init(&a.loop);
     uv_timer_init(&a.loop, &a.timer);
