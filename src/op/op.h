@@ -141,7 +141,9 @@ struct tb_sample {
     int32_t topk_prompt_logprobs, topk_sample_logprobs;
     int32_t prompt_alt_tokens_k;
     bool has_target_prompt_logprobs;
-    struct tb_tensor target_prompt_logprobs; /* i64 [P-1, K] */
+    struct tb_tensor target_prompt_logprobs; /* i64 [P-1, K], -1 = nothing asked */
+    /* The request came as CSR, so the answer goes as CSR with the same indices; else NULL. */
+    const int64_t *target_crow, *target_col; /* [P], [target_crow[P-1]] */
 };
 
 /* ---- results, filled by the engine or core into the op's arena */

@@ -150,6 +150,17 @@ static int decode_scoring(const struct tb_json *root, struct tb_op *op, struct t
         return tb_json_fail(&n, err, TB_EINVAL,
                             "shape is not [%d, K]: one row for each prompt token after the first",
                             s->n_prompt - 1);
+    struct tb_json crow, col;
+    if (tb_json_find(&n, "sparse_crow_indices", &crow) &&
+        tb_json_find(&n, "sparse_col_indices", &col)) {
+        int64_t *v = NULL;
+        size_t len; /* checked with the tensor */
+        rc = tb_json_as_i64s(&crow, &op->arena, &v, &len, err);
+        s->target_crow = v;
+        if (rc == 0) rc = tb_json_as_i64s(&col, &op->arena, &v, &len, err);
+        s->target_col = v;
+        if (rc) return rc;
+    }
     t->name = "target_prompt_logprobs";
     s->has_target_prompt_logprobs = true;
     return 0;

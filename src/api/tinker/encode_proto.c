@@ -135,6 +135,31 @@ static void fill_tensor(TinkerPublic__Tensor *t, const void *data, TinkerPublic_
     t->n_shape = 2;
 }
 
+/* The cells of a CSR request in its order, and its indices again. */
+static int fill_sparse(TinkerPublic__Tensor *t, TinkerPublic__SparseCsr *csr,
+                       const struct tb_op *op, struct tb_arena *a, int64_t shape[2],
+                       struct tb_error *err)
+{
+    const struct tb_sample *q = &op->u.sample;
+    size_t rows = (size_t)shape[0], cols = (size_t)shape[1], n = (size_t)q->target_crow[rows];
+    float *v = tb_arena_try_array(a, n, sizeof(*v));
+    if (!v) return tb_error_set(err, TB_ENOMEM, "no memory for %zu logprobs", n);
+    for (size_t i = 0; i < rows; i++)
+        for (int64_t k = q->target_crow[i]; k < q->target_crow[i + 1]; k++)
+            v[k] = op->result.target_prompt_logprobs[i * cols + (size_t)q->target_col[k]];
+    tinker_public__tensor__init(t);
+    tinker_public__sparse_csr__init(csr);
+    csr->values = bytes(v, n * sizeof(*v));
+    csr->crow_indices = bytes(q->target_crow, (rows + 1) * sizeof(*q->target_crow));
+    csr->col_indices = bytes(q->target_col, n * sizeof(*q->target_col));
+    t->encoding_case = TINKER_PUBLIC__TENSOR__ENCODING_SPARSE_CSR;
+    t->sparse_csr = csr;
+    t->dtype = DTYPE_F32;
+    t->shape = shape;
+    t->n_shape = 2;
+    return 0;
+}
+
 static void fill_sequence(TinkerPublic__SampledSequence *s, TinkerPublic__TopkLogprobs *topk,
                           const struct tb_sequence *q, int32_t k)
 {
@@ -188,10 +213,16 @@ int tb_encode_sample_proto(const struct tb_op *op, void **out, size_t *out_n, st
     }
     pb.prompt_cache_hit_tokens = res->prompt_cache_hit_tokens;
     TinkerPublic__Tensor target, alt_tokens, alt_logprobs;
+    TinkerPublic__SparseCsr csr;
     int64_t target_shape[2] = {q->n_prompt - 1, q->target_prompt_logprobs.shape[1]};
     int64_t alt_shape[2] = {q->n_prompt - 1, q->prompt_alt_tokens_k};
     if (q->has_target_prompt_logprobs && res->target_prompt_logprobs) {
-        fill_tensor(&target, res->target_prompt_logprobs, DTYPE_F32, target_shape);
+        if (q->target_crow) {
+            rc = fill_sparse(&target, &csr, op, &a, target_shape, err);
+            if (rc) goto done;
+        } else {
+            fill_tensor(&target, res->target_prompt_logprobs, DTYPE_F32, target_shape);
+        }
         pb.target_prompt_logprobs = &target;
     }
     TinkerPublic__PromptAltTokens alt;

@@ -250,6 +250,8 @@ static void test_sample(void **state)
     assert_true(s->temperature == 1 && s->top_p == 1);
     static const int64_t want[] = {-1, -1, -1, 9};
     assert_memory_equal(s->target_prompt_logprobs.data.i64, want, sizeof(want));
+    assert_int_equal(s->target_crow[2], 1);
+    assert_int_equal(s->target_col[0], 1);
     tb_op_destroy(op);
     op = good(SAMPLE, "{" S "," PROMPT ",\"sampling_params\":{\"stop\":[]}}");
     assert_true(op->u.sample.stop_given && op->u.sample.n_stop_strings == 0);
