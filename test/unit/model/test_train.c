@@ -489,10 +489,12 @@ static void test_optimizer(void **state)
         int field;
         double value;
         const char *text;
-    } bad[] = {
-        {0, -1, "learning_rate is -1"}, {1, 1, "beta1 is 1; it must be at least 0 and below 1"},
-        {2, -0.1, "beta2 is -0.1"},     {3, 0, "eps is 0; it must be finite and above 0"},
-        {4, NAN, "weight_decay is"},    {5, INFINITY, "grad_clip_norm is inf"}};
+    } bad[] = {{0, -1, "learning_rate is -1"},
+               {1, 1, "beta1 is 1; it must be at least 0 and below 1"},
+               {2, -0.1, "beta2 is -0.1"},
+               {3, 0, "eps is 0; it must be finite and above 0"},
+               {4, (double)NAN, "weight_decay is"},
+               {5, (double)INFINITY, "grad_clip_norm is inf"}};
     for (size_t i = 0; i < TB_ARRAY_LEN(bad); i++) {
         struct tb_op *b = op_adam(1e-3);
         double *f[] = {&b->u.optim_step.learning_rate, &b->u.optim_step.beta1,
