@@ -114,11 +114,17 @@ int main(int argc, char **argv)
     struct tb_cli cli;
     struct tb_error err = {0};
 
-    if (tb_cli_parse(&cli, argc, argv, &err)) return die(EXIT_USAGE, err.msg);
-    tb_log_set(cli.log_level, NULL, NULL);
-    switch (cli.command) {
-    case TB_COMMAND_HELP: tb_cli_help(stdout, cli.help_serve); return 0;
-    case TB_COMMAND_VERSION: printf("tinkerbell %s\n", tb_version()); return 0;
-    default: return serve(&cli);
+    int rc = 0;
+    if (tb_cli_parse(&cli, argc, argv, &err)) {
+        rc = die(EXIT_USAGE, err.msg);
+    } else if (cli.command == TB_COMMAND_HELP) {
+        tb_cli_help(stdout, cli.help_serve);
+    } else if (cli.command == TB_COMMAND_VERSION) {
+        printf("tinkerbell %s\n", tb_version());
+    } else {
+        tb_log_set(cli.log_level, NULL, NULL);
+        rc = serve(&cli);
     }
+    tb_cli_fini(&cli);
+    return rc;
 }

@@ -72,7 +72,7 @@ static int set_model(struct tb_cli *c, const char *name, const char *text, struc
     tb_options_t *o = &c->options;
     if (o->n_models == TB_MAX_MODELS)
         return tb_error_set(err, TB_EINVAL, "%s: at most %d models", name, TB_MAX_MODELS);
-    char *copy = tb_strdup(text); /* lives as long as the process */
+    char *copy = tb_strdup(text); /* freed by tb_cli_fini */
     char *dir = strchr(copy, '=');
     if (!dir || dir == copy || !dir[1]) {
         tb_free(copy);
@@ -318,6 +318,16 @@ int tb_cli_parse(struct tb_cli *c, int argc, char **argv, struct tb_error *err)
         return tb_error_set(err, TB_EINVAL, "unknown command %s; see tinkerbell --help", argv[1]);
     c->command = TB_COMMAND_SERVE;
     return parse_serve(c, argc - 2, argv + 2, err);
+}
+
+void tb_cli_fini(struct tb_cli *c)
+{
+    for (int i = 0; i < c->options.n_models; i++) {
+        char *copy; /* the model's name begins it, its folder lies behind */
+        memcpy(&copy, &c->options.models[i].name, sizeof(copy));
+        tb_free(copy);
+    }
+    c->options.n_models = 0;
 }
 
 void tb_cli_help(FILE *f, bool serve)

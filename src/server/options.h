@@ -2,7 +2,7 @@
  * The daemon's command line: one table of options that parsing and --help share.
  *
  * Owner: strings point into argv or into static storage; model specs are split in place in copies
- * that live as long as the process. Thread: main, before the loop runs.
+ * that tb_cli_fini frees. Thread: main, before the loop runs.
  */
 #ifndef TB_SERVER_OPTIONS_H
 #define TB_SERVER_OPTIONS_H
@@ -28,6 +28,7 @@ struct tb_cli {
 
 /* TB_EINVAL with one line that names the option, the value and what is expected. */
 int tb_cli_parse(struct tb_cli *cli, int argc, char **argv, struct tb_error *err);
+void tb_cli_fini(struct tb_cli *cli); /* also after a failed parse */
 void tb_cli_help(FILE *f, bool serve);
 bool tb_host_is_loopback(const char *host);
 
