@@ -35,13 +35,16 @@ struct mk {
     float *c;
     size_t ldc;
     enum mk_init init;
+    const void *ahead; /* what mk_rows_ahead fetches */
     const float *bias; /* NV * VW, for MK_BIAS */
     float scale;       /* of the product, before C is added */
 };
 
+/* prefetch: fetch two cache lines of m->ahead with each step. */
 INLINE void mk_tile(const int R, const int NV, const bool prefetch, const struct mk *m,
                     const int row)
 {
+    const char *ahead = (const char *)m->ahead;
     vf acc[12][4];
     const size_t lda = m->lda, ldb = m->ldb;
     const act_t *a = m->a + (size_t)row * lda;
@@ -56,8 +59,12 @@ INLINE void mk_tile(const int R, const int NV, const bool prefetch, const struct
             vw w[4];
             UNROLL for (int j = 0; j < NV; j++)
             {
-                if (prefetch) _mm_prefetch((const char *)(b + j * VW) + 4096, _MM_HINT_T0);
                 w[j] = vw_load(b + j * VW);
+            }
+            if (prefetch) {
+                _mm_prefetch(ahead, _MM_HINT_T1);
+                _mm_prefetch(ahead + 64, _MM_HINT_T1);
+                ahead += NV * VW * 4;
             }
             UNROLL for (int r = 0; r < R; r++)
             {
@@ -154,6 +161,44 @@ INLINE void mk_rows_wide(const struct mk *m, int rows)
         mk_wide(m, row, R);
         row += R;
     }
+}
+
+#if NVMAX == 4
+static void mk_ahead(const struct mk *m, int row, int R)
+{
+    switch (R) {
+        MK_CASE(4, NVMAX, true)
+        MK_CASE(5, NVMAX, true)
+        MK_CASE(6, NVMAX, true)
+    default: mk_wide(m, row, R);
+    }
+}
+#endif
+
+/* As mk_rows_wide for few rows of a weight that comes from memory: two or three groups share out
+ * the fetching of the panel behind this one (ahead), so that it arrives while this one is computed
+ * with. One group alone is as fast as memory anyway; with more the products are what takes the
+ * time. */
+static inline void mk_rows_ahead(const struct mk *m, int rows, const void *ahead)
+{
+#if NVMAX == 4
+    int groups = (rows + RMAX_WIDE - 1) / RMAX_WIDE;
+    if ((groups == 2 || groups == 3) && ahead) {
+        struct mk part = *m;
+        for (int row = 0, g = 0; g < groups; g++) {
+            int R = (rows - row + groups - g - 1) / (groups - g);
+            int lines = g < 2 ? 2 : 0; /* a step's panel row has four */
+            part.ahead = (const char *)ahead + g * lines * 64;
+            if (lines)
+                mk_ahead(&part, row, R);
+            else
+                mk_wide(m, row, R);
+            row += R;
+        }
+        return;
+    }
+#endif
+    mk_rows_wide(m, rows);
 }
 
 #if NVMAX == 4

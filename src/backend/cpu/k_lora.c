@@ -11,8 +11,9 @@
 #include "backend/cpu/gemm.h"
 #include "backend/cpu/pack.h"
 
-#define DOWN_ROWS 48 /* rows of a task of x A^T */
-#define GRAD_ROWS 512
+#define DOWN_ROWS   48 /* rows of a task of x A^T */
+#define GRAD_ROWS   512
+#define PANELS_EACH 4 /* panels of a task of y += u B^T */
 
 /* ---- work lists: one entry is a run of rows of one module */
 
@@ -195,13 +196,11 @@ static void lora_down(struct tb_backend *be, const struct tb_lora_span *s, int n
 
 /* ---- products with a sum over the rank or over n_out */
 
-/* One panel of columns of y += scale * u B^T (up) or dx += du A (down_bwd) for a chunk of rows. */
-static void rank_task(const struct lora *l, int task, int thread, bool up)
+/* One panel of columns of y += scale * u B^T (up) or dx += du A (down_bwd) for rows [row, row + n).
+ */
+static void rank_panel(const struct lora *l, const struct run *run, int row, int n, int panel,
+                       int thread, bool up)
 {
-    const struct run *run = run_of(l, task);
-    int local = task - run->first_task, panel = local % l->n_panels;
-    int row = run->row + local / l->n_panels * run->chunk,
-        n = imin(run->chunk, run->row + run->n - row);
     int rank = run->mat->rank, kw = words(rank), width = up ? l->n_out : l->n_in;
     int col = panel * NW, cols = imin(NW, width - col);
     size_t panel_bytes = (size_t)kw * NW * 4, pad = (size_t)kw * KP * sizeof(act_t);
@@ -209,6 +208,12 @@ static void rank_task(const struct lora *l, int task, int thread, bool up)
     uint32_t *b = (uint32_t *)(void *)mem;
     act_t *tmp_b = (act_t *)(void *)(mem + panel_bytes),
           *tmp_u = (act_t *)(void *)(mem + panel_bytes + pad * NW);
+    if (up && n <= 16) { /* the time goes into fetching B: the panel after the next */
+        const char *next =
+            (const char *)run->mat->b + (size_t)(col + 2 * NW) * (size_t)rank * sizeof(act_t);
+        for (size_t at = 0; at < (size_t)NW * (size_t)rank * sizeof(act_t); at += 64)
+            _mm_prefetch(next + at, _MM_HINT_T1);
+    }
     if (up)
         pack_rows((const act_t *)run->mat->b + (size_t)col * (size_t)rank, (size_t)rank, cols, rank,
                   b, NW, tmp_b);
@@ -225,6 +230,17 @@ static void rank_task(const struct lora *l, int task, int thread, bool up)
     m.a = even(l->u, l->ldu, row, n, rank, tmp_u, &m.lda);
     m.c = l->y + (size_t)row * l->ldy + (size_t)col;
     run_edge(&m, n, cols);
+}
+
+/* Neighbouring panels for a chunk of rows. */
+static void rank_task(const struct lora *l, int task, int thread, bool up)
+{
+    const struct run *run = run_of(l, task);
+    int tasks = (l->n_panels + PANELS_EACH - 1) / PANELS_EACH, local = task - run->first_task;
+    int row = run->row + local / tasks * run->chunk, n = imin(run->chunk, run->row + run->n - row);
+    int first = local % tasks * PANELS_EACH, end = imin(first + PANELS_EACH, l->n_panels);
+    for (int panel = first; panel < end; panel++)
+        rank_panel(l, run, row, n, panel, thread, up);
 }
 
 static void up_task(void *arg, int task, int thread)
@@ -250,7 +266,7 @@ static void lora_up(struct tb_backend *be, const struct tb_lora_span *s, int n_s
                      .ldy = (size_t)ldy,
                      .cpu = c,
                      .n_panels = (n_out + NW - 1) / NW};
-    make_runs(&l, &c->shared[1], ROWS_CHUNK, l.n_panels);
+    make_runs(&l, &c->shared[1], ROWS_CHUNK, (l.n_panels + PANELS_EACH - 1) / PANELS_EACH);
     tb_team_run(c->team, up_task, &l, l.n_tasks);
 }
 
@@ -438,7 +454,7 @@ static void lora_down_bwd(struct tb_backend *be, const struct tb_lora_span *s, i
                      .cpu = c,
                      .n_panels = (n_in + NW - 1) / NW};
     if (dx) {
-        make_runs(&l, &c->shared[1], ROWS_CHUNK, l.n_panels);
+        make_runs(&l, &c->shared[1], ROWS_CHUNK, (l.n_panels + PANELS_EACH - 1) / PANELS_EACH);
         tb_team_run(c->team, down_bwd_task, &l, l.n_tasks);
     }
     gradients(&l, false);

@@ -15,7 +15,8 @@
 #include "backend/cpu/gemm.h"
 #include "backend/cpu/pack.h"
 
-#define KBLOCK 1024 /* 128 KiB of a bf16 panel: stays in the second-level cache */
+#define KBLOCK   1024 /* 128 KiB of a bf16 panel: stays in the second-level cache */
+#define FEW_ROWS 32   /* up to here a weight from memory is what takes the time */
 
 /* ---- packing */
 
@@ -153,6 +154,7 @@ struct product {
     size_t ldx;
     int T, n_k, n_out;  /* rows, inner size, outputs */
     int rows, n_panels; /* rows of a task, panels of the weight */
+    int panels_each, panel_tasks;
     const float *bias;
     float *y;
     size_t ldy;
@@ -207,15 +209,33 @@ static void add_term(const struct product *p, const struct tb_lora_term *t, int 
     }
 }
 
-static void product_task(void *arg, int task, int thread)
+/* The factors B of a panel that the terms will need, on their way from memory while the base
+ * product runs: for few rows, where each may have an adapter of its own. */
+static void fetch_terms(const struct product *p, int row, int n, int col, int cols)
 {
-    const struct product *p = arg;
-    int row = task / p->n_panels * p->rows, panel = task % p->n_panels;
-    int n = imin(p->rows, p->T - row), col = panel * NW, cols = imin(NW, p->n_out - col);
+    for (int i = 0; i < p->n_terms; i++) {
+        const struct tb_lora_term *t = p->terms + i;
+        int c0 = imax(col, t->col), c1 = imin(col + cols, t->col + t->n_out);
+        for (int k = 0; k < t->n_spans && c0 < c1; k++) {
+            const struct tb_lora_span *s = t->spans + k;
+            if (s->row + s->n <= row || s->row >= row + n || (k && s->mat == s[-1].mat)) continue;
+            size_t line = (size_t)s->mat->rank * sizeof(act_t);
+            const char *b = (const char *)s->mat->b + (size_t)(c0 - t->col) * line;
+            for (size_t at = 0; at < (size_t)(c1 - c0) * line; at += 64)
+                _mm_prefetch(b + at, _MM_HINT_T1);
+        }
+    }
+}
+
+/* One panel for rows [row, row + n). */
+static void product_panel(const struct product *p, int row, int n, int panel, int thread)
+{
+    int col = panel * NW, cols = imin(NW, p->n_out - col);
     int kw = words(p->n_k);
     float edge[ROWS_CHUNK * NW], bias[NW] = {0};
     float *y = p->y + (size_t)row * p->ldy + (size_t)col;
-    bool partial = cols < NW;
+    bool partial = cols < NW, few = n <= FEW_ROWS;
+    if (p->n_terms && few) fetch_terms(p, row, n, col, cols);
     if (p->bias) memcpy(bias, p->bias + col, (size_t)cols * sizeof(float));
     struct mk m = {.lda = p->ldx, .ldb = NW, .c = y, .ldc = p->ldy, .bias = bias, .scale = 1.0f};
     m.init = p->accumulate ? MK_ADD : p->bias ? MK_BIAS : MK_ZERO;
@@ -237,7 +257,11 @@ static void product_task(void *arg, int task, int thread)
         m.b = &b;
         m.kw = m.kw_page = imin(KBLOCK / KP, kw - k);
         m.a = p->x + (size_t)row * p->ldx + (size_t)k * KP;
-        mk_rows_wide(&m, n);
+        bool behind = panel + 1 < p->n_panels || k + m.kw < kw;
+        if (few)
+            mk_rows_ahead(&m, n, behind ? b + (size_t)m.kw * NW : NULL);
+        else
+            mk_rows_wide(&m, n);
         m.init = MK_ADD;
     }
     for (int r = 0; partial && r < n; r++)
@@ -247,6 +271,15 @@ static void product_task(void *arg, int task, int thread)
         int c0 = imax(col, t->col), c1 = imin(col + cols, t->col + t->n_out);
         if (c0 < c1) add_term(p, t, row, n, c0, c1, thread);
     }
+}
+
+static void product_task(void *arg, int task, int thread)
+{
+    const struct product *p = arg;
+    int row = task / p->panel_tasks * p->rows, first = task % p->panel_tasks * p->panels_each;
+    int n = imin(p->rows, p->T - row), end = imin(first + p->panels_each, p->n_panels);
+    for (int panel = first; panel < end; panel++)
+        product_panel(p, row, n, panel, thread);
 }
 
 /* Rows whose length is no whole number of words, copied with zeros behind. */
@@ -273,7 +306,11 @@ static void product(struct tb_backend *be, struct product *p)
     int chunks = (p->T + ROWS_CHUNK - 1) / ROWS_CHUNK;
     p->rows = ((p->T + chunks - 1) / chunks + RMAX_WIDE - 1) / RMAX_WIDE * RMAX_WIDE;
     chunks = (p->T + p->rows - 1) / p->rows;
-    tb_team_run(c->team, product_task, p, chunks * p->n_panels);
+    /* Few rows: neighbouring panels to one thread, as long as there are enough tasks to share out
+     * evenly. */
+    p->panels_each = p->T <= FEW_ROWS ? imax(1, imin(4, p->n_panels / (8 * be->n_threads))) : 1;
+    p->panel_tasks = (p->n_panels + p->panels_each - 1) / p->panels_each;
+    tb_team_run(c->team, product_task, p, chunks * p->panel_tasks);
 }
 
 static void matmul_lora(struct tb_backend *be, const struct tb_weight *w, const void *x, int T,
