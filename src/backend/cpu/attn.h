@@ -100,12 +100,12 @@ static inline void scores(const struct layout *l, const act_t *q, int rows,
         four[p] = pages[imin(p, n_pages - 1)]; /* what is too much gets masked */
     m.b = four;
     m.c = s;
-    mk_rows_pages(&m, rows);
+    K(mk_rows_pages)(&m, rows);
 #else
     for (int p = 0; p < n_pages; p++) {
         m.b = pages + p;
         m.c = s + p * PAGE;
-        mk_rows(&m, rows, PAGE / VW);
+        K(mk_rows)(&m, rows, PAGE / VW);
     }
 #endif
 }

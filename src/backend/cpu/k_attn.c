@@ -191,7 +191,7 @@ static void attn_task(void *arg, int task, int thread)
                 col[p] = vp[p] + d;
             m.b = col;
             m.c = r.o + d;
-            mk_rows(&m, r.n, imin(NVMAX, ((int)a->l.hdv - d) / VW));
+            K(mk_rows)(&m, r.n, imin(NVMAX, ((int)a->l.hdv - d) / VW));
         }
     }
     store_rows(a, &r, sq, first, h);

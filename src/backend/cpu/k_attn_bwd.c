@@ -125,7 +125,7 @@ static void accumulate(const struct layout *l, const act_t *a, size_t lda, int r
         const uint32_t *page = b + d;
         m.b = &page;
         m.c = c + d;
-        mk_rows(&m, rows, imin(NVMAX, ((int)l->hdv - d) / VW));
+        K(mk_rows)(&m, rows, imin(NVMAX, ((int)l->hdv - d) / VW));
     }
 }
 

@@ -298,7 +298,7 @@ static void du_task(void *arg, int task, int thread)
             const uint32_t *page = b + j;
             m.b = &page;
             m.c = sum + j;
-            mk_rows(&m, n, imin(NVMAX, ((int)ld - j) / VW));
+            K(mk_rows)(&m, n, imin(NVMAX, ((int)ld - j) / VW));
         }
     }
     vf scale = vf_set1(run->mat->scale);
@@ -361,7 +361,7 @@ static void grad_task(const struct lora *l, int panel, int thread, bool up)
             m.a = l->t + l->t_at[i] + t;
             m.kw = m.kw_page = words(n);
             m.init = t ? MK_ADD : MK_ZERO;
-            mk_rows(&m, rank, nv);
+            K(mk_rows)(&m, rank, nv);
         }
         if (!up) {
             for (int r = 0; r < rank; r++) {

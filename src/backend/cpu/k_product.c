@@ -259,9 +259,9 @@ static void product_panel(const struct product *p, int row, int n, int panel, in
         m.a = p->x + (size_t)row * p->ldx + (size_t)k * KP;
         bool behind = panel + 1 < p->n_panels || k + m.kw < kw;
         if (few)
-            mk_rows_ahead(&m, n, behind ? b + (size_t)m.kw * NW : NULL);
+            K(mk_rows_ahead)(&m, n, behind ? b + (size_t)m.kw * NW : NULL);
         else
-            mk_rows_wide(&m, n);
+            K(mk_rows_wide)(&m, n);
         m.init = MK_ADD;
     }
     for (int r = 0; partial && r < n; r++)

@@ -78,7 +78,7 @@ static inline void run_edge(struct mk *m, int n, int cols)
     size_t ldy = m->ldc;
     int nv = vecs(cols);
     if (cols == nv * VW) {
-        mk_rows(m, n, nv);
+        K(mk_rows)(m, n, nv);
         return;
     }
     m->c = edge;
@@ -88,7 +88,7 @@ static inline void run_edge(struct mk *m, int n, int cols)
         if (m->init == MK_ADD)
             memcpy(edge + r * NW, y + (size_t)r * ldy, (size_t)cols * sizeof(float));
     }
-    mk_rows(m, n, nv);
+    K(mk_rows)(m, n, nv);
     for (int r = 0; r < n; r++)
         memcpy(y + (size_t)r * ldy, edge + r * NW, (size_t)cols * sizeof(float));
 }
