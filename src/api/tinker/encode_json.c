@@ -106,22 +106,23 @@ static void put_sample(struct tb_json_out *j, const struct tb_op *op)
     tb_jout_int(j, "prompt_cache_hit_tokens", r->prompt_cache_hit_tokens);
 }
 
-/* tinkex refuses a sampler save without a path, although it samples by the session's id; what is
- * not kept has a path that names it and can be loaded by nobody. */
-static void put_path(struct tb_json_out *j, const struct tb_op *op)
+/* What is not kept has no path, and SDKs up to 0.18 assert that it has none; tinkex refuses a
+ * sampler save without one, although it samples by the session's id. So tinkex alone gets a path
+ * that nobody can load. */
+static void put_path(struct tb_json_out *j, const struct tb_op *op, bool tinkex)
 {
     char path[3 * TB_MAX_ID];
     const struct tb_result *r = &op->result;
     if (r->path) {
         tb_jout_str(j, "path", r->path);
-    } else if (r->sampling_session_id && op->model_id) {
+    } else if (tinkex && r->sampling_session_id && op->model_id) {
         snprintf(path, sizeof(path), "tinker://%s/sampler_weights/ephemeral-%lld", op->model_id,
                  (long long)op->u.save_weights.sampling_session_seq_id);
         tb_jout_str(j, "path", path);
     }
 }
 
-void tb_encode_result_json(const struct tb_op *op, struct tb_json_out *j)
+void tb_encode_result_json(const struct tb_op *op, bool tinkex, struct tb_json_out *j)
 {
     const struct tb_result *r = &op->result;
     tb_jout_object(j, NULL);
@@ -135,7 +136,7 @@ void tb_encode_result_json(const struct tb_op *op, struct tb_json_out *j)
         tb_jout_str(j, "model_id", r->model_id ? r->model_id : op->model_id);
         break;
     default: /* the saves and loads */
-        put_path(j, op);
+        put_path(j, op, tinkex);
         if (r->model_id) tb_jout_str(j, "model_id", r->model_id);
         if (r->sampling_session_id) tb_jout_str(j, "sampling_session_id", r->sampling_session_id);
         if (r->size_bytes >= 0) tb_jout_int(j, "size_bytes", r->size_bytes);

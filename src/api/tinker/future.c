@@ -17,7 +17,7 @@ struct poll {
     struct tb_waiter w;
     struct tb_api *a;
     struct tb_http_request *req;
-    bool metadata_only, proto, beam;
+    bool metadata_only, proto, tinkex;
     char id[TB_MAX_ID * 2 + 1];
 };
 
@@ -50,7 +50,7 @@ static void answer_failed(struct poll *p, const struct tb_error *e)
     const char *category = tb_category_name(tb_error_category(e->code));
     const char *text = e->msg[0] ? e->msg : tb_error_name(e->code);
     tb_api_answer_begin(&b, &j);
-    if (p->beam) {
+    if (p->tinkex) {
         tb_jout_str(&j, "status", "failed");
         tb_jout_object(&j, "error");
         tb_jout_str(&j, "message", text);
@@ -93,7 +93,7 @@ static void answer_done(struct poll *p, const struct tb_op *op)
         struct tb_json_out j;
         tb_buf_init(&b, TB_API_MAX_ANSWER);
         tb_jout_init(&j, &b);
-        tb_encode_result_json(op, &j);
+        tb_encode_result_json(op, p->tinkex, &j);
         if (b.failed) {
             tb_buf_fini(&b);
             rc = tb_error_set(&e, TB_ENOMEM, "the result does not fit into memory as JSON");
@@ -159,8 +159,8 @@ void tb_tinker_retrieve_future(struct tb_api *a, struct tb_http_request *req,
     p->req = req;
     p->metadata_only = metadata_only;
     p->proto = tb_span_icontains(tb_http_header_get(req, "Accept"), "x-protobuf");
-    p->beam = tb_span_ieq(tb_http_header_get(req, "X-Stainless-Runtime"), "BEAM") ||
-              tb_span_icontains(tb_http_header_get(req, "User-Agent"), "AsyncTinkex");
+    p->tinkex = tb_span_ieq(tb_http_header_get(req, "X-Stainless-Runtime"), "BEAM") ||
+                tb_span_icontains(tb_http_header_get(req, "User-Agent"), "AsyncTinkex");
     memcpy(p->id, id, strlen(id) + 1);
     p->w.cb = on_future;
     req->user = p;

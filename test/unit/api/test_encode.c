@@ -24,15 +24,20 @@ static void assert_hex(const void *p, size_t n, const char *hex)
     tb_free(got);
 }
 
-static void assert_json(const struct tb_op *op, const char *want)
+static void assert_json_for(const struct tb_op *op, bool tinkex, const char *want)
 {
     struct tb_buf b;
     struct tb_json_out j;
     tb_buf_init(&b, 1 << 20);
     tb_jout_init(&j, &b);
-    tb_encode_result_json(op, &j);
+    tb_encode_result_json(op, tinkex, &j);
     assert_string_equal(b.p, want);
     tb_buf_fini(&b);
+}
+
+static void assert_json(const struct tb_op *op, const char *want)
+{
+    assert_json_for(op, false, want);
 }
 
 static struct tb_op *output_op(void)
@@ -230,11 +235,14 @@ static void test_other_results(void **state)
     assert_json(op,
                 "{\"path\":\"tinker://s:train:0/weights/a\",\"sampling_session_id\":\"s:sample:1\","
                 "\"type\":\"save_weights_for_sampler\"}");
-    op->result.path = NULL; /* ephemeral: tinkex wants a path all the same */
+    op->result.path = NULL; /* ephemeral: only tinkex wants a path all the same */
     op->u.save_weights.sampling_session_seq_id = 1;
     assert_json(op,
-                "{\"path\":\"tinker://s:train:0/sampler_weights/ephemeral-1\","
-                "\"sampling_session_id\":\"s:sample:1\",\"type\":\"save_weights_for_sampler\"}");
+                "{\"sampling_session_id\":\"s:sample:1\",\"type\":\"save_weights_for_sampler\"}");
+    assert_json_for(
+        op, true,
+        "{\"path\":\"tinker://s:train:0/sampler_weights/ephemeral-1\","
+        "\"sampling_session_id\":\"s:sample:1\",\"type\":\"save_weights_for_sampler\"}");
     op->type = TB_OP_LOAD_WEIGHTS;
     op->result = (struct tb_result){.size_bytes = -1, .path = "p", .model_id = "m"};
     assert_json(op, "{\"path\":\"p\",\"model_id\":\"m\",\"type\":\"load_weights\"}");
