@@ -42,9 +42,10 @@ class Daemon:
     def start(self, timeout=120):
         os.makedirs(self.data, exist_ok=True)
         env = dict(os.environ)
-        env.setdefault("ASAN_OPTIONS", "detect_stack_use_after_return=1:strict_string_checks=1:detect_leaks=1")
+        env.setdefault("ASAN_OPTIONS", "detect_stack_use_after_return=1:strict_string_checks=1:detect_leaks=1:"
+                       "allocator_may_return_null=1")
         env.setdefault("UBSAN_OPTIONS", "halt_on_error=1:print_stacktrace=1")
-        env.setdefault("TSAN_OPTIONS", "suppressions=" + os.path.join(ROOT, "test", "tsan.supp"))
+        env.setdefault("TSAN_OPTIONS", "allocator_may_return_null=1:suppressions=" + os.path.join(ROOT, "test", "tsan.supp"))
         began = time.monotonic()
         with open(self.log_path, "ab") as log:
             self.process = subprocess.Popen(self.command(), stdout=subprocess.PIPE, stderr=log, env=env, text=True)
