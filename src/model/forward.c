@@ -101,7 +101,8 @@ static int alloc_host(struct tb_pass *p)
     p->saved = tb_calloc(L, sizeof(*p->saved));
     p->x = tb_calloc(2 * L + 1, sizeof(*p->x));
     p->x_mid = p->x + L + 1;
-    size_t n = (size_t)TB_MAX(p->n_lora, p->n_grads) + 1;
+    /* Sampling lists its rows with logits in three groups, each with the pass's versions. */
+    size_t n = (size_t)TB_MAX(3 * p->n_lora, p->n_grads) + 1;
     p->spans = tb_try_calloc(n, sizeof(*p->spans));
     return p->spans ? 0 : TB_ENOMEM;
 }

@@ -274,7 +274,7 @@ static void set_limits(struct tb_model *m)
     m->head_rows = (int)TB_MIN(rows, 2048) / m->head_piece * m->head_piece;
     m->head_rows = TB_MAX(m->head_rows, m->head_piece);
     size_t phys = physical_memory();
-    m->soft_bytes = o->activation_bytes ? o->activation_bytes : TB_MIN(phys / 8, (size_t)2 << 30);
+    m->soft_bytes = o->activation_bytes ? o->activation_bytes : TB_MIN(phys / 8, (size_t)1 << 30);
     m->hard_bytes = o->activation_bytes ? o->activation_bytes : TB_MAX(m->soft_bytes, phys / 5 * 3);
 }
 

@@ -36,7 +36,7 @@ struct tb_model_options {
     size_t kv_bytes;     /* size of the KV page pool; 0 = a default from the model's shape */
     size_t logits_bytes; /* largest block of logits held at once; 0 = 64 MiB */
     /* Activations of one micro-batch in training; a datum that needs more is refused. 0 = an eighth
-     * of the machine's memory, at most 2 GiB, and more for a datum longer than that. */
+     * of the machine's memory, at most 1 GiB, and more for a datum longer than that. */
     size_t activation_bytes;
 };
 

@@ -55,6 +55,7 @@ enum tb_gkind {
 struct tb_gvalue {
     enum tb_gkind kind;
     bool named; /* a list with values and indices, as max(dim) returns */
+    bool tuple; /* a list that was a tuple: as an index, several */
     union {
         bool b;
         int64_t i;

@@ -205,7 +205,11 @@ static int parse_tagged(struct parse *p, const struct tb_json *j, int depth, str
         return refuse(p, TB_EINVAL, "an argument that is an object must have exactly one key");
     const char *tag = v.key;
     if (!strcmp(tag, "ref")) return parse_ref(p, &v, out);
-    if (!strcmp(tag, "tuple")) return parse_list(p, &v, depth, out);
+    if (!strcmp(tag, "tuple")) {
+        int rc = parse_list(p, &v, depth, out);
+        out->tuple = true;
+        return rc;
+    }
     if (!strcmp(tag, "dtype")) return parse_dtype(p, &v, out);
     if (!strcmp(tag, "float")) return parse_float(p, &v, out);
     if (!strcmp(tag, "slice")) {

@@ -43,6 +43,28 @@ void backends_fini(void)
     memset(tried, 0, sizeof(tried));
 }
 
+static struct tb_backend_ops failing_ops;
+static const struct tb_backend_ops *real_ops;
+static long fail_in;
+
+static void *failing_alloc(struct tb_backend *be, size_t bytes)
+{
+    return --fail_in == 0 ? NULL : real_ops->alloc(be, bytes);
+}
+
+void fail_device_alloc(struct tb_backend *be, long n)
+{
+    if (n == 0) {
+        be->ops = real_ops;
+        return;
+    }
+    real_ops = be->ops;
+    failing_ops = *be->ops;
+    failing_ops.alloc = failing_alloc;
+    fail_in = n;
+    be->ops = &failing_ops;
+}
+
 /* ---- oracle */
 
 const char *oracle_path(const char *fmt, ...)

@@ -67,6 +67,9 @@ void random_tokens(int32_t *out, int n, int vocab, uint64_t seed);
 /* Adds noise to every parameter of an adapter, B included. */
 struct tb_adapter *random_adapter(struct tb_model *m, int rank, uint64_t seed, float noise);
 
+/* Makes the n-th next device allocation of a backend fail (0: none does). */
+void fail_device_alloc(struct tb_backend *be, long n);
+
 #define CHECK_OK(expr)                                                                             \
     do {                                                                                           \
         struct tb_error check_err = {0};                                                           \

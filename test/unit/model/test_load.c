@@ -11,6 +11,7 @@
 
 #include "model/rope.h"
 #include "util/mem.h"
+#include "util/philox.h"
 
 /* ---- config */
 
@@ -295,6 +296,61 @@ static void test_safetensors_bad(void **state)
     tb_free(path);
 }
 
+/* Random damage to a real file and config: refused or readable, never a stray access. */
+static void test_mutations(void **state)
+{
+    (void)state;
+    FILE *f = fopen(oracle_path("llama/base_activations.safetensors"), "rb");
+    static char bytes[40000], copy[40000];
+    size_t n = fread(bytes, 1, sizeof(bytes), f), opened = 0, parsed = 0;
+    fclose(f);
+    f = fopen(oracle_path("llama/model/config.json"), "rb");
+    char config[4096] = {0};
+    size_t n_config = fread(config, 1, sizeof(config) - 1, f);
+    fclose(f);
+    char path[] = "/tmp/tb-st-XXXXXX";
+    int fd = mkstemp(path);
+    static const char nasty[] = "0123456789-[]{},:\"e.\0\xff";
+    for (uint32_t round = 0; round < 1500; round++) {
+        uint32_t key[2] = {round, 1}, ctr[4] = {0}, r[4];
+        memcpy(copy, bytes, n);
+        char text[4096];
+        memcpy(text, config, sizeof(text));
+        for (ctr[0] = 0; ctr[0] < 1 + round % 4; ctr[0]++) {
+            tb_philox4x32(ctr, key, r);
+            copy[r[0] % 700] = nasty[r[1] % sizeof(nasty)];
+            text[r[2] % n_config] = nasty[r[3] % sizeof(nasty)];
+        }
+        size_t len = round % 5 ? n : r[0] % n;
+        assert_int_equal(ftruncate(fd, 0), 0);
+        assert_int_equal(pwrite(fd, copy, len, 0), (ssize_t)len);
+        struct tb_st *st;
+        struct tb_error err = {0};
+        if (tb_st_open(&st, path, &err) == 0) {
+            opened++;
+            for (size_t i = 0; i < tb_st_count(st); i++) {
+                const struct tb_st_tensor *t = tb_st_at(st, i);
+                if (!t->readable) continue;
+                size_t k = t->bytes / tb_dtype_size(t->dtype);
+                float *v = tb_malloc(k * 4 + 4);
+                tb_st_to_float(t, v, k);
+                tb_free(v);
+            }
+            tb_st_close(st);
+        } else {
+            assert_true(err.code < 0 && err.msg[0]);
+        }
+        struct tb_model_config c;
+        if (tb_config_parse(&c, text, NULL, &err) == 0) {
+            parsed++;
+            tb_config_fini(&c);
+        }
+    }
+    close(fd);
+    unlink(path);
+    assert_true(opened > 50 && opened < 1450 && parsed > 10 && parsed < 1490);
+}
+
 /* An odd header length misaligns the mapping: the data is still read right. Unknown kinds are
  * listed. */
 static void test_safetensors_odd(void **state)
@@ -539,17 +595,12 @@ static int teardown(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_config_good),
-        cmocka_unit_test(test_config_rope_forms),
-        cmocka_unit_test(test_config_eos),
-        cmocka_unit_test(test_config_bad),
-        cmocka_unit_test(test_rope_tables),
-        cmocka_unit_test(test_safetensors_bad),
-        cmocka_unit_test(test_safetensors_odd),
-        cmocka_unit_test(test_safetensors_write),
-        cmocka_unit_test(test_shards),
-        cmocka_unit_test(test_load_refusals),
-        cmocka_unit_test(test_info),
+        cmocka_unit_test(test_config_good),       cmocka_unit_test(test_config_rope_forms),
+        cmocka_unit_test(test_config_eos),        cmocka_unit_test(test_config_bad),
+        cmocka_unit_test(test_rope_tables),       cmocka_unit_test(test_safetensors_bad),
+        cmocka_unit_test(test_safetensors_odd),   cmocka_unit_test(test_mutations),
+        cmocka_unit_test(test_safetensors_write), cmocka_unit_test(test_shards),
+        cmocka_unit_test(test_load_refusals),     cmocka_unit_test(test_info),
     };
     return cmocka_run_group_tests_name("model loading", tests, NULL, teardown);
 }

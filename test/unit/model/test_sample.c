@@ -38,22 +38,31 @@ static void same_sequences(const struct tb_op *x, const struct tb_op *y)
 static void agreement(struct tb_backend *be, const struct shape *s)
 {
     struct tb_model *m = open_model(be, s, NULL);
-    struct tb_adapter *a = random_adapter(m, 4, 1, 0.1f), *b = random_adapter(m, 9, 2, 0.1f);
-    struct tb_adapter_version *va, *vb;
-    CHECK_OK(tb_adapter_publish(a, &va, &check_err));
-    CHECK_OK(tb_adapter_publish(b, &vb, &check_err));
-    enum { N = 4, GEN = 90 };
-    static const int lens[N] = {37, 1, 90, 16};
-    struct tb_adapter_version *vs[N] = {va, vb, va, NULL};
-    struct tb_op *ops[N];
+    enum { N = 5, GEN = 90 };
+    static const int lens[N] = {37, 1, 90, 16, 3};
+    struct tb_adapter *as[N] = {NULL};
+    struct tb_adapter_version *vs[N] = {NULL}; /* the last is the base model */
+    for (int i = 0; i < N - 1; i++) {
+        as[i] = random_adapter(m, 3 + 3 * i, (uint64_t)i, 0.1f);
+        CHECK_OK(tb_adapter_publish(as[i], &vs[i], &check_err));
+    }
+    struct tb_op *ops[N], *again[N];
     int32_t prompt[N][100];
     for (int i = 0; i < N; i++) {
         random_tokens(prompt[i], lens[i], s->vocab, 100 + (uint64_t)i);
-        ops[i] = op_sample(prompt[i], lens[i], GEN, 7);
-        ops[i]->u.sample.n_samples = i == 0 ? 3 : 1;
-        ops[i]->u.sample.prompt_logprobs = true;
+        for (int k = 0; k < 2; k++) {
+            struct tb_op *op = op_sample(prompt[i], lens[i], GEN, 7);
+            op->u.sample.n_samples = i == 0 ? 3 : 1;
+            op->u.sample.prompt_logprobs = true;
+            *(k ? &again[i] : &ops[i]) = op;
+        }
     }
     run_samples(m, vs, ops, N, 23);
+    run_samples(m, vs, again, N, 1000); /* all prompts in one step */
+    for (int i = 0; i < N; i++) {
+        same_sequences(ops[i], again[i]);
+        tb_op_destroy(again[i]);
+    }
     int different = 0;
     for (int i = 0; i < N; i++)
         for (int j = 0; j < ops[i]->result.n_sequences; j++) {
@@ -69,7 +78,7 @@ static void agreement(struct tb_backend *be, const struct shape *s)
                 struct tb_lora_config c = {1, 32, true, 1, true, true, true};
                 CHECK_OK(tb_adapter_create(&zero, m, &c, &check_err));
             }
-            run_train(m, zero ? zero : vs[i] == va ? a : b, f);
+            run_train(m, zero ? zero : as[i], f);
             const float *lp = f->result.outputs[0].logprobs;
             assert_memory_equal(lp + lens[i] - 1, q->logprobs, GEN * 4);
             assert_memory_equal(lp, ops[i]->result.prompt_logprobs + 1, (size_t)(lens[i] - 1) * 4);
@@ -79,12 +88,11 @@ static void agreement(struct tb_backend *be, const struct shape *s)
                 j > 0 && memcmp(q->tokens, ops[i]->result.sequences[0].tokens, GEN * 4) != 0;
         }
     assert_int_equal(different, 2); /* samples of one prompt have streams of their own */
-    for (int i = 0; i < N; i++)
+    for (int i = 0; i < N; i++) {
         tb_op_destroy(ops[i]);
-    tb_version_unref(va);
-    tb_version_unref(vb);
-    tb_adapter_free(a);
-    tb_adapter_free(b);
+        tb_version_unref(vs[i]);
+        tb_adapter_free(as[i]);
+    }
     tb_model_free(m);
 }
 
@@ -426,6 +434,45 @@ static void test_room(void **state)
     tb_model_free(small);
 }
 
+/* Every allocation in turn fails: the op fails with a word about memory, or comes out right. */
+static void test_out_of_memory(void **state)
+{
+    (void)state;
+    struct tb_model *m = open_model(backend_f32(), &shapes[0], NULL);
+    int32_t prompt[20];
+    random_tokens(prompt, 20, 61, 1);
+    struct tb_op *want = filtered(prompt, 20, 6, 1, 2);
+    want->u.sample.prompt_logprobs = true;
+    run_samples(m, NULL, &want, 1, 8);
+    int failed = 0;
+    for (long n = 1; n < 400; n++) {
+        struct tb_op *op = filtered(prompt, 20, 6, 1, 2);
+        op->u.sample.prompt_logprobs = true;
+        struct tb_sampling *s = NULL;
+        tb_mem_fail_after(n);
+        int rc = tb_sampling_create(&s, m, NULL, op);
+        for (int i = 0; !rc && i < 100 && !tb_sampling_done(s); i++) {
+            int rows;
+            struct tb_error err;
+            rc = tb_model_sample_step(m, &s, 1, 8, &rows, &err);
+        }
+        tb_mem_fail_after(0);
+        if (op->error.code) {
+            assert_int_equal(op->error.code, TB_ENOMEM);
+            failed++;
+        } else {
+            assert_true(tb_sampling_done(s));
+            same_sequences(want, op);
+        }
+        tb_sampling_destroy(s);
+        tb_op_destroy(op);
+        if (m->kv.mem) assert_int_equal(m->kv.n_free, m->kv.n_pages);
+    }
+    assert_true(failed > 20 && failed < 399);
+    tb_op_destroy(want);
+    tb_model_free(m);
+}
+
 static int teardown(void **state)
 {
     (void)state;
@@ -439,7 +486,7 @@ int main(void)
         cmocka_unit_test(test_agreement),      cmocka_unit_test(test_seeds_and_preemption),
         cmocka_unit_test(test_filters),        cmocka_unit_test(test_stops),
         cmocka_unit_test(test_prompt_outputs), cmocka_unit_test(test_validation),
-        cmocka_unit_test(test_room),
+        cmocka_unit_test(test_room),           cmocka_unit_test(test_out_of_memory),
     };
     return cmocka_run_group_tests_name("model sampling", tests, NULL, teardown);
 }

@@ -351,6 +351,92 @@ static void test_failed_op_leaves_no_trace(void **state)
     tb_model_free(m);
 }
 
+static void device_memory_runs_out(struct tb_model *m)
+{
+    struct tb_lora_config c = {4, 32, true, 1, true, true, true};
+    struct tb_adapter *a = NULL;
+    struct tb_error err = {0};
+    for (long n = 1; n <= 2; n++) { /* parameters, their rounded copy */
+        fail_device_alloc(m->be, n);
+        assert_int_equal(tb_adapter_create(&a, m, &c, &err), TB_ENOMEM);
+        fail_device_alloc(m->be, 0);
+    }
+    a = random_adapter(m, 4, 1, 0.1f);
+    struct tb_op *op = batch_op(&shapes[0], 1, true, false);
+    run_train(m, a, op);
+    struct tb_adapter_version *v;
+    CHECK_OK(tb_adapter_publish(a, &v, &check_err));
+    float *p = params_of(a);
+    for (long n = 1; n <= 3; n++) { /* two moments, the version that may be written */
+        struct tb_op *z = op_adam(0.01);
+        fail_device_alloc(m->be, 1);
+        tb_adapter_optim_step(a, z);
+        fail_device_alloc(m->be, 0);
+        assert_int_equal(z->error.code, TB_ENOMEM);
+        assert_int_equal(tb_adapter_step(a), 0);
+        assert_true(a->has_grad);
+        float *q = params_of(a);
+        assert_memory_equal(p, q, tb_adapter_flat_bytes(a));
+        tb_free(q);
+        tb_op_destroy(z);
+        if (n == 1) /* let the moments come */
+            a->mom = m->be->ops->alloc(m->be, tb_adapter_flat_bytes(a)),
+            m->be->ops->zero(m->be, a->mom, tb_adapter_flat_bytes(a));
+        if (n == 2)
+            a->var = m->be->ops->alloc(m->be, tb_adapter_flat_bytes(a)),
+            m->be->ops->zero(m->be, a->var, tb_adapter_flat_bytes(a));
+    }
+    struct tb_op *z = op_adam(0.01);
+    tb_adapter_optim_step(a, z);
+    assert_int_equal(z->error.code, 0);
+    tb_op_destroy(z);
+    tb_free(p);
+    tb_op_destroy(op);
+    tb_version_unref(v);
+    tb_adapter_free(a);
+}
+
+/* Every allocation in turn fails: the op fails, or its gradient is right. */
+static void test_out_of_memory(void **state)
+{
+    (void)state;
+    struct tb_model *m = open_model(backend_f32(), &shapes[0], NULL);
+    struct tb_adapter *ref = random_adapter(m, 4, 1, 0.1f);
+    struct tb_op *want = batch_op(&shapes[0], 1, true, true);
+    run_train(m, ref, want);
+    int failed = 0;
+    for (long n = 1; n < 60; n++) {
+        struct tb_adapter *a = random_adapter(m, 4, 1, 0.1f);
+        struct tb_op *op = batch_op(&shapes[0], 1, true, true);
+        if (n < 50)
+            tb_mem_fail_after(n);
+        else
+            fail_device_alloc(m->be, n - 49);
+        tb_block_free(m->be, &m->train_ws);
+        run_ops(m, &a, &op, 1);
+        if (n < 50)
+            tb_mem_fail_after(0);
+        else
+            fail_device_alloc(m->be, 0);
+        if (op->error.code) {
+            assert_int_equal(op->error.code, TB_ENOMEM);
+            assert_int_equal(op->result.n_outputs, 0);
+            assert_false(a->has_grad);
+            failed++;
+        } else {
+            same_outputs(want, op);
+            same_grads(ref, a);
+        }
+        tb_op_destroy(op);
+        tb_adapter_free(a);
+    }
+    assert_true(failed > 10 && failed < 59);
+    device_memory_runs_out(m);
+    tb_op_destroy(want);
+    tb_adapter_free(ref);
+    tb_model_free(m);
+}
+
 struct bad_case {
     const char *what; /* which change is made */
     int code;
@@ -732,6 +818,7 @@ int main(void)
         cmocka_unit_test(test_splitting),
         cmocka_unit_test(test_bf16_near_f32),
         cmocka_unit_test(test_failed_op_leaves_no_trace),
+        cmocka_unit_test(test_out_of_memory),
         cmocka_unit_test(test_validation),
         cmocka_unit_test(test_optimizer),
         cmocka_unit_test(test_publish),
