@@ -89,9 +89,11 @@ static void softmax_step(const struct attn *a, struct rows_state *r, int i, int 
         return;
     }
     vf none = vf_set1(-INFINITY), scale = vf_set1(a->s->scale), v[BLOCK / VW], top = none;
+    bool whole = lo <= 0 && hi >= BLOCK;
     UNROLL for (int j = 0; j < BLOCK / VW; j++)
     {
-        v[j] = vf_window(vf_mul(vf_load(s + j * VW), scale), none, lo - j * VW, hi - j * VW);
+        v[j] = vf_mul(vf_load(s + j * VW), scale);
+        if (!whole) v[j] = vf_window(v[j], none, lo - j * VW, hi - j * VW);
         top = vf_max(top, v[j]);
     }
     float m = r->m[i], hm = vf_hmax(top);
@@ -173,10 +175,13 @@ static void attn_task(void *arg, int task, int thread)
             kp[p] = page_of(a, seq, h, key0 / PAGE + p);
             vp[p] = kp[p] + a->l.k_words;
         }
-        scores(&a->l, r.q, r.n, kp, n_pages, r.s);
-        for (int i = 0; i < r.n; i++)
+        /* rows before the block's first key see none of it */
+        int skip = imax(0, key0 - pos0) * a->group, live = r.n - skip;
+        scores(&a->l, r.q + (size_t)skip * (size_t)a->l.hdw * KP, live, kp, n_pages,
+               r.s + (size_t)skip * BLOCK);
+        for (int i = skip; i < r.n; i++)
             softmax_step(a, &r, i, pos0 + i / a->group, key0);
-        struct mk m = {.a = r.p,
+        struct mk m = {.a = r.p + (size_t)skip * BLOCK,
                        .lda = BLOCK,
                        .b = vp,
                        .ldb = a->l.hdv,
@@ -190,8 +195,8 @@ static void attn_task(void *arg, int task, int thread)
             for (int p = 0; p < n_pages; p++)
                 col[p] = vp[p] + d;
             m.b = col;
-            m.c = r.o + d;
-            K(mk_rows)(&m, r.n, imin(NVMAX, ((int)a->l.hdv - d) / VW));
+            m.c = r.o + (size_t)skip * a->l.hdv + d;
+            K(mk_rows)(&m, live, imin(NVMAX, ((int)a->l.hdv - d) / VW));
         }
     }
     store_rows(a, &r, sq, first, h);

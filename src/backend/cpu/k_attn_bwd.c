@@ -135,12 +135,15 @@ static void row_grad(const struct bwd *b, struct work *w, int i, int lo, int hi)
     vf scale = vf_set1(b->s->scale), lse = vf_set1(w->lse[i]), delta = vf_set1(w->delta[i]),
        zero = vf_zero();
     float *s = w->s + (size_t)i * BLOCK, *dp = w->dp + (size_t)i * BLOCK;
+    bool whole = lo <= 0 && hi >= BLOCK;
     UNROLL for (int j = 0; j < BLOCK / VW; j++)
     {
         vf p = vf_exp(vf_sub(vf_mul(vf_load(s + j * VW), scale), lse));
-        p = vf_window(p, zero, lo - j * VW, hi - j * VW);
         vf d = vf_mul(vf_mul(p, vf_sub(vf_load(dp + j * VW), delta)), scale);
-        d = vf_window(d, zero, lo - j * VW, hi - j * VW);
+        if (!whole) {
+            p = vf_window(p, zero, lo - j * VW, hi - j * VW);
+            d = vf_window(d, zero, lo - j * VW, hi - j * VW);
+        }
         vf_store(s + j * VW, p);
         vf_store(dp + j * VW, d);
         va_store(w->ds + (size_t)i * BLOCK + j * VW, d);
