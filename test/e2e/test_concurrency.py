@@ -80,6 +80,18 @@ def test_a_batch_of_tenants_changes_nothing(service):
         assert np.array_equal(a, b)
 
 
+def test_more_samples_than_the_cache_holds(start):
+    """300 long samples at once under a small memory limit wait for each other; each is what it is alone."""
+    server = start(args=["--memory", "64M"])
+    with Raw(server.url) as raw:
+        sampler = raw.create_sampling_session(raw.create_session(), 1, base_model="tiny")
+        ids = tokens(20, 1)
+        out = raw.sample(sampler, 1, ids, n=300, max_tokens=300, seed=5, stop=[])["sequences"]
+        assert len(out) == 300 and {len(s["tokens"]) for s in out} == {300}
+        few = raw.sample(sampler, 2, ids, n=3, max_tokens=300, seed=5, stop=[])["sequences"]
+        assert few == out[:3]
+
+
 def test_many_connections(server):
     """300 clients poll a future at once; all get the answer, and the server answers others meanwhile."""
     with Raw(server.url) as raw:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from common import adam, forward_logprobs, sft_datum, tokens
 from daemon import find_daemon
-from tinker_raw import PROTO, Raw, datum, forward_backward_request
+from tinker_raw import PROTO, Failed, Raw, datum, forward_backward_request
 
 tinker = pytest.importorskip("tinker")
 
@@ -229,6 +229,40 @@ def test_signal_while_idle_is_quick(start):
     assert time.monotonic() - began < 30
     server.process.stdout.close()
     server.process = None
+
+
+def test_a_session_without_heartbeat_ends(start):
+    """And one with a heartbeat lives on; what the other had is answered as gone."""
+    server = start(args=["--session-lease", "2"])
+    with Raw(server.url) as raw:
+        kept, lost = raw.create_session(), raw.create_session()
+        model = raw.create_model(lost, "tiny")
+        raw.optim_step(model, 1)
+        for _ in range(16):  # any other question about the session would keep it alive
+            time.sleep(0.5)
+            assert raw.post("session_heartbeat", {"session_id": kept, "type": "session_heartbeat"}).status == 200
+        assert raw.post("get_info", {"model_id": model, "type": "get_info"}).status in (404, 410)
+        assert raw.post("session_heartbeat", {"session_id": lost, "type": "session_heartbeat"}).status == 410
+        assert raw.retrieve_once(f"{model}:1").status == 410
+        assert raw.create_model(kept, "tiny")
+
+
+def test_limits_of_the_operator(start):
+    server = start(args=["--max-rank", "4", "--max-context", "64"])
+    with Raw(server.url) as raw:
+        session = raw.create_session()
+        models = raw.get("get_server_capabilities").json["supported_models"]
+        assert [m["max_context_length"] for m in models] == [64]
+        reply = raw.post("create_model", {"session_id": session, "model_seq_id": 0, "base_model": "tiny",
+                                          "lora_config": {"rank": 5}, "type": "create_model"})
+        assert reply.status == 400 and "4" in reply.json["detail"]
+        model = raw.create_model(session, "tiny", rank=4)
+        raw.forward_backward(model, 1, [datum([1] * 64, target_tokens=[2] * 64, weights=[1.0] * 64)])
+        reply = raw.submit_forward_backward(model, 2, [datum([1] * 65, target_tokens=[2] * 65, weights=[1.0] * 65)])
+        with pytest.raises(Failed, match="64"):
+            raw.retrieve(reply.json["request_id"])
+        sampler = raw.create_sampling_session(session, 1, base_model="tiny")
+        assert len(raw.sample(sampler, 1, [1] * 60, max_tokens=4, stop=[])["sequences"][0]["tokens"]) == 4
 
 
 def test_weights_of_another_restart_still_sample(start):
