@@ -14,6 +14,7 @@
 enum { TOKEN_LEN = 40, LIFE_MS = 3600 * 1000, REUSE_MS = LIFE_MS / 2, MAX_DOWNLOADS = 4096 };
 
 static const char *const FILES[] = {"adapter_config.json", "adapter_model.safetensors"};
+#define ARCHIVE "archive.tar"
 
 struct tb_download {
     struct tb_list node; /* oldest first */
@@ -112,22 +113,63 @@ void tb_tinker_external_urls(struct tb_api *a, struct tb_http_request *req,
     tb_store_get_ckpt(tb_core_store(tb_api_core(a)), path, on_ckpt, u);
 }
 
+static void on_archive_ckpt(void *arg, const struct tb_error *err, const struct tb_ckpt_row *row)
+{
+    struct urls_call *u = arg;
+    if (err && err->code) {
+        tb_tinker_call_end(u->call, err);
+        return;
+    }
+    struct tb_buf b;
+    struct tb_json_out j;
+    char expires[TB_TIME_TEXT], date[TB_TIME_TEXT], url[2048];
+    const struct tb_download *d = token_for(u->a, row->path);
+    snprintf(url, sizeof(url), "%s/api/v1/downloads/%s/" ARCHIVE, tb_api_base_url(u->a, u->req),
+             d->token);
+    tb_clock_format(d->until_us, expires);
+    tb_clock_http_date(d->until_us, date);
+    tb_api_answer_begin(&b, &j);
+    tb_jout_str(&j, "url", url);
+    tb_jout_str(&j, "expires", expires);
+    tb_jout_object_end(&j);
+    struct tb_http_field fields[] = {{"Location", url}, {"Expires", date}};
+    struct tb_http_request *req = tb_tinker_call_end(u->call, NULL);
+    size_t n;
+    char *p = tb_buf_steal(&b, &n);
+    tb_http_respond_owned(req, 302, "application/json", p, n, tb_free, p, fields, 2);
+}
+
+void tb_tinker_archive(struct tb_api *a, struct tb_http_request *req,
+                       const struct tb_route_match *m)
+{
+    const char *path = tb_tinker_route_path(req, m->params[0], m->params[1], m->params[2]);
+    if (!path) return;
+    struct urls_call *u = tb_arena_alloc(&req->arena, sizeof(*u));
+    *u = (struct urls_call){a, tb_tinker_call(a, req), req};
+    tb_store_get_ckpt(tb_core_store(tb_api_core(a)), path, on_archive_ckpt, u);
+}
+
 void tb_tinker_download(struct tb_api *a, struct tb_http_request *req,
                         const struct tb_route_match *m)
 {
     struct tb_error e = {0};
     char dir[4096];
     const struct tb_download *d = tb_map_get(&a->downloads, m->params[0].p, m->params[0].n);
+    bool archive = tb_span_eq(m->params[1], ARCHIVE);
     const char *file = NULL;
     for (size_t i = 0; i < TB_ARRAY_LEN(FILES); i++)
         if (tb_span_eq(m->params[1], FILES[i])) file = FILES[i];
-    if (!d || !file || d->until_ms <= tb_clock_ms()) {
+    if (!d || (!file && !archive) || d->until_ms <= tb_clock_ms()) {
         tb_error_set(&e, TB_ENOTFOUND, "this download does not exist or has expired");
         tb_api_error(req, &e);
         return;
     }
     if (tb_store_ckpt_dir(tb_core_store(tb_api_core(a)), d->path, dir, sizeof(dir), &e)) {
         tb_api_error(req, &e);
+        return;
+    }
+    if (archive) {
+        tb_tinker_send_archive(a, req, dir);
         return;
     }
     const char *path = tb_arena_printf(&req->arena, "%s/%s", dir, file);

@@ -63,6 +63,7 @@ static const struct tb_route ROUTES[] = {
     POST(CKPT "/publish", tb_tinker_publish),
     DEL(CKPT "/publish", tb_tinker_unpublish),
     PUT(CKPT "/ttl", tb_tinker_set_ttl),
+    GET(CKPT "/archive", tb_tinker_archive),
     GET(V1 "training_runs/{}/checkpoints/external_weights/{}/external_weights_urls",
         tb_tinker_external_urls),
     {.method = TB_HTTP_GET,

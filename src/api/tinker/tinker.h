@@ -134,7 +134,10 @@ TB_HANDLER(tb_tinker_publish);
 TB_HANDLER(tb_tinker_unpublish);
 TB_HANDLER(tb_tinker_set_ttl);
 TB_HANDLER(tb_tinker_external_urls); /* download.c */
+TB_HANDLER(tb_tinker_archive);
 TB_HANDLER(tb_tinker_download);
+/* Answers with the folder's files as a tar. (archive.c) */
+void tb_tinker_send_archive(struct tb_api *a, struct tb_http_request *req, const char *dir);
 
 /* ---- calls into the store or core: `tb_tinker_call` as the callback's arg; its end gives the
  * request back, or answers the error and gives NULL. The api object may go with the end. */

@@ -633,6 +633,67 @@ static void test_downloads(void **state)
     assert_int_equal(last.status, 404);
 }
 
+/* A tar's members: "name size" lines; checks headers' sums and the end. */
+static void read_tar(const char *p, size_t n, char *out, size_t room)
+{
+    size_t at = 0, k = 0;
+    assert_int_equal(n % 512, 0);
+    while (at + 512 <= n && p[at]) {
+        unsigned sum = 0, want;
+        unsigned long long size;
+        for (size_t i = 0; i < 512; i++)
+            sum += i >= 148 && i < 156 ? ' ' : (unsigned char)p[at + i];
+        assert_int_equal(sscanf(p + at + 148, "%6o", &want), 1);
+        assert_int_equal(sum, want);
+        assert_int_equal(sscanf(p + at + 124, "%11llo", &size), 1);
+        assert_memory_equal(p + at + 257, "ustar", 6);
+        k += (size_t)snprintf(out + k, room - k, "%s %llu\n", p + at, size);
+        at += 512 + ((size_t)size + 511) / 512 * 512;
+    }
+    assert_int_equal(n - at, 1024);
+    for (; at < n; at++)
+        assert_int_equal(p[at], 0);
+}
+
+static void test_archive(void **state)
+{
+    (void)state;
+    struct stat st;
+    char members[1024] = "", line[128], url[256], file[512];
+    write_ckpt(TB_CKPT_TRAINING, "c1");
+    /* larger than a piece, and not a multiple of a block */
+    snprintf(file, sizeof(file), "%s/checkpoints/sess-1:train:0/weights/c1", dir);
+    if (stat(file, &st)) fail_msg("%s is not there", file);
+    snprintf(file, sizeof(file), "%s/checkpoints/sess-1:train:0/weights/c1/large.bin", dir);
+    FILE *f = fopen(file, "wb");
+    assert_non_null(f);
+    for (int i = 0; i < 700001; i++)
+        fputc(i % 251, f);
+    fclose(f);
+    get(CK "weights/c1/archive");
+    expect_part(302, "\"url\":\"http://");
+    const char *at = strstr(last.body, "/api/v1/downloads/");
+    snprintf(url, sizeof(url), "%.*s", (int)strcspn(at, "\""), at);
+    call_with(TB_HTTP_GET, url, NULL, 0, NULL, 0);
+    assert_int_equal(last.status, 200);
+    read_tar(last.body, last.n, members, sizeof(members));
+    static const char *const names[] = {"adapter_config.json ", "adapter_model.safetensors ",
+                                        "checkpoint.json ", "optimizer.safetensors "};
+    for (size_t i = 0; i < TB_ARRAY_LEN(names); i++)
+        assert_non_null(strstr(members, names[i]));
+    snprintf(line, sizeof(line), "large.bin %d\n", 700001);
+    assert_non_null(strstr(members, line));
+    const char *data = memmem(last.body, last.n, "large.bin", 9);
+    for (int i = 0; i < 700001; i++)
+        assert_int_equal((unsigned char)data[512 + i], i % 251);
+    get(CK "weights/none/archive");
+    assert_int_equal(last.status, 404);
+    /* closed in the middle */
+    send_call(TB_HTTP_GET, url, NULL, 0, NULL, 0);
+    for (int i = 0; i < 3; i++)
+        uv_run(&loop, UV_RUN_NOWAIT);
+}
+
 int main(void)
 {
 #define T(f) cmocka_unit_test_setup_teardown(f, set_up, tear_down)
@@ -652,6 +713,7 @@ int main(void)
         T(test_runs),
         T(test_checkpoints),
         T(test_downloads),
+        T(test_archive),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
