@@ -500,3 +500,90 @@ struct tb_adapter *random_adapter(struct tb_model *m, int rank, uint64_t seed, f
     tb_free(p);
     return a;
 }
+
+/* Odd sizes on purpose: nothing is a multiple of a vector, one KV head, head_dim != hidden / heads.
+ */
+const struct shape shapes[N_SHAPES] = {
+    {"Qwen3ForCausalLM", 61, 37, 53, 2, 3, 1, 10, 200, false, 0},
+    {"Qwen2ForCausalLM", 131, 48, 40, 3, 4, 2, 12, 200, true, 7},
+    {"LlamaForCausalLM", 77, 64, 96, 2, 4, 4, 16, 200, false, 0},
+};
+
+struct tb_model *open_model(struct tb_backend *be, const struct shape *s,
+                            const struct tb_model_options *o)
+{
+    char *dir = random_model(s, 11, 1.5f / sqrtf((float)s->hidden));
+    struct tb_model *m = load_dir(be, dir, o);
+    remove_dir(dir); /* the mapping stays */
+    return m;
+}
+
+/* Four data of different lengths; `from` picks the tokens. */
+struct tb_op *batch_op(const struct shape *s, uint64_t from, bool backward, bool ratio)
+{
+    struct tb_op *op = NULL;
+    struct tb_datum data[4];
+    static const int lens[4] = {70, 5, 33, 18};
+    struct tb_op *all = tb_op_create(backward ? TB_OP_FORWARD_BACKWARD : TB_OP_FORWARD);
+    for (int i = 0; i < 4; i++) {
+        int32_t tokens[80];
+        float w[80], q[80];
+        random_tokens(tokens, lens[i] + 1, s->vocab, from * 10 + (uint64_t)i);
+        op = op_cross_entropy(tokens, lens[i] + 1, backward);
+        /* Zero weights first, in the middle and alone, so that the head gathers rows. */
+        for (int j = 0; j < lens[i]; j++) {
+            w[j] = j < 4 || j % 7 == 3 ? 0 : 0.5f - 0.1f * (float)(j % 9);
+            q[j] = -4 + 0.1f * (float)(j % 13);
+        }
+        if (ratio) {
+            add_input(op, 0, "logprobs", q, lens[i]);
+            add_input(op, 0, "advantages", w, lens[i]);
+            add_input(op, 0, "sequence_ratio_mask", w, lens[i]);
+        } else {
+            add_input(op, 0, "weights", w, lens[i]);
+        }
+        data[i] = op->u.forward_backward.data[0];
+        /* Move what the datum points to into one op. */
+        struct tb_datum *d = &data[i];
+        int32_t *t = tb_arena_calloc(&all->arena, (size_t)lens[i], sizeof(*t));
+        memcpy(t, d->tokens, (size_t)lens[i] * sizeof(*t));
+        d->tokens = t;
+        struct tb_tensor *in = tb_arena_calloc(&all->arena, 8, sizeof(*in));
+        for (int j = 0; j < d->n_inputs; j++) {
+            in[j] = d->inputs[j];
+            size_t bytes = (size_t)in[j].n * (in[j].type == TB_TENSOR_I64 ? 8 : 4);
+            void *c = tb_arena_alloc(&all->arena, bytes);
+            memcpy(c, in[j].data.f32, bytes);
+            in[j].data.f32 = c;
+        }
+        d->inputs = in;
+        tb_op_destroy(op);
+    }
+    struct tb_forward_backward *fb = &all->u.forward_backward;
+    fb->loss_fn = ratio ? "gspo" : "cross_entropy";
+    fb->n_data = 4;
+    fb->data = tb_arena_calloc(&all->arena, 4, sizeof(*fb->data));
+    memcpy(fb->data, data, sizeof(data));
+    return all;
+}
+
+void same_outputs(const struct tb_op *x, const struct tb_op *y)
+{
+    assert_int_equal(x->result.n_outputs, y->result.n_outputs);
+    for (int i = 0; i < x->result.n_outputs; i++)
+        assert_memory_equal(x->result.outputs[i].logprobs, y->result.outputs[i].logprobs,
+                            (size_t)x->result.outputs[i].n * sizeof(float));
+    assert_true(metric(x, "loss:sum") == metric(y, "loss:sum"));
+}
+
+void same_grads(const struct tb_adapter *a, const struct tb_adapter *b)
+{
+    float *x = grad_of(a), *y = grad_of(b);
+    double norm = 0;
+    for (int64_t i = 0; i < a->layout->n_floats; i++)
+        norm += fabs((double)x[i]);
+    assert_true(norm > 0 && isfinite(norm));
+    assert_memory_equal(x, y, tb_adapter_flat_bytes(a));
+    tb_free(x);
+    tb_free(y);
+}

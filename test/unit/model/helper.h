@@ -63,6 +63,16 @@ struct shape {
  * remove_dir deletes it. */
 char *random_model(const struct shape *s, uint64_t seed, float spread);
 void remove_dir(char *dir);
+/* Three shapes without round numbers. open_model writes one, loads it and removes the folder. */
+#define N_SHAPES 3
+extern const struct shape shapes[N_SHAPES];
+struct tb_model *open_model(struct tb_backend *be, const struct shape *s,
+                            const struct tb_model_options *o);
+/* Four data of 70, 5, 33 and 18 tokens; `from` picks them. ratio: gspo with logprobs, advantages
+ * and a mask, else cross_entropy with weights; some weights and advantages are zero. */
+struct tb_op *batch_op(const struct shape *s, uint64_t from, bool backward, bool ratio);
+void same_outputs(const struct tb_op *x, const struct tb_op *y); /* to the bit */
+void same_grads(const struct tb_adapter *a, const struct tb_adapter *b);
 void random_tokens(int32_t *out, int n, int vocab, uint64_t seed);
 /* Adds noise to every parameter of an adapter, B included. */
 struct tb_adapter *random_adapter(struct tb_model *m, int rank, uint64_t seed, float noise);

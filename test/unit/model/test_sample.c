@@ -7,21 +7,6 @@
 
 #include "util/mem.h"
 
-static const struct shape shapes[] = {
-    {"Qwen3ForCausalLM", 61, 37, 53, 2, 3, 1, 10, 200, false, 0},
-    {"Qwen2ForCausalLM", 131, 48, 40, 3, 4, 2, 12, 200, true, 7},
-    {"LlamaForCausalLM", 77, 64, 96, 2, 4, 4, 16, 200, false, 0},
-};
-
-static struct tb_model *open_model(struct tb_backend *be, const struct shape *s,
-                                   const struct tb_model_options *o)
-{
-    char *dir = random_model(s, 11, 1.5f / sqrtf((float)s->hidden));
-    struct tb_model *m = load_dir(be, dir, o);
-    remove_dir(dir);
-    return m;
-}
-
 static void same_sequences(const struct tb_op *x, const struct tb_op *y)
 {
     assert_int_equal(x->result.n_sequences, y->result.n_sequences);
@@ -99,7 +84,7 @@ static void agreement(struct tb_backend *be, const struct shape *s)
 static void test_agreement(void **state)
 {
     (void)state;
-    for (size_t k = 0; k < TB_ARRAY_LEN(shapes); k++) {
+    for (size_t k = 0; k < N_SHAPES; k++) {
         agreement(backend_f32(), &shapes[k]);
         if (backend_bf16()) agreement(backend_bf16(), &shapes[k]);
     }
