@@ -244,12 +244,15 @@ struct tb_backend {
     const struct tb_backend_ops *ops;
     enum tb_dtype act;
     int n_threads;
+    size_t mem_limit; /* bytes that alloc and weights may take in all; 0 = no limit */
+    size_t mem_used;  /* bytes they hold now */
 };
 
 struct tb_backend_options {
     enum tb_dtype act;
-    int n_threads;   /* 0 = all cores */
-    const char *isa; /* NULL = best; "plain", "avx2", "avx512", "avx512_bf16": tests force one */
+    size_t mem_limit; /* 0 = none: an allocation fails when the machine has no more */
+    int n_threads;    /* 0 = all cores */
+    const char *isa;  /* NULL = best; "plain", "avx2", "avx512", "avx512_bf16": tests force one */
     const char *devices; /* cuda: "0,1" */
 };
 

@@ -45,7 +45,9 @@ struct tb_error *tb_task_error(struct tb_task *t)
 int tb_engine_create(struct tb_engine **out, uv_loop_t *loop, const struct tb_engine_options *o,
                      struct tb_error *err)
 {
-    struct tb_backend_options bo = {.n_threads = o->n_threads};
+    /* Without --memory a tenth is left to the rest of the machine. */
+    uint64_t memory = o->memory ? o->memory : tb_mem_machine() / 10 * 9;
+    struct tb_backend_options bo = {.n_threads = o->n_threads, .mem_limit = (size_t)memory};
     struct tb_model_options mo = {.max_rank = o->max_rank, .max_context = o->max_context};
     struct tb_backend *be = NULL;
     struct tb_model **models = NULL;
@@ -60,7 +62,12 @@ int tb_engine_create(struct tb_engine **out, uv_loop_t *loop, const struct tb_en
     for (; n < o->n_models; n++) {
         const struct tb_engine_model *m = &o->models[n];
         uint64_t t0 = tb_clock_ms();
-        if ((rc = tb_model_load(&models[n], be, m->name, m->dir, &mo, err))) goto fail;
+        if ((rc = tb_model_load(&models[n], be, m->name, m->dir, &mo, err))) {
+            if (rc == TB_ENOMEM)
+                tb_error_prefix(err, "model %s does not fit into %llu MiB, of which %zu are taken",
+                                m->name, (unsigned long long)memory >> 20, be->mem_used >> 20);
+            goto fail;
+        }
         const struct tb_model_info *info = tb_model_info(models[n]);
         tb_log(TB_LOG_INFO, "engine", "loaded model=%s arch=%s weights_mb=%zu ms=%llu", m->name,
                info->arch, info->weight_bytes >> 20, (unsigned long long)(tb_clock_ms() - t0));

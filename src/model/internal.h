@@ -12,6 +12,7 @@
 #include "model/model.h"
 #include "model/safetensors.h"
 #include "util/list.h"
+#include "util/mem.h"
 
 /* The adapted projections of a layer; module number = layer * TB_N_PROJ + projection. The last
  * module of a model, n_layers * TB_N_PROJ, is the unembedding. */
@@ -80,6 +81,12 @@ static inline int tb_cfg_kv(const struct tb_model_config *c) /* width of k, of v
 static inline int tb_cfg_qkv(const struct tb_model_config *c)
 {
     return tb_cfg_q(c) + 2 * tb_cfg_kv(c);
+}
+
+/* The memory that the backend may take: the base for defaults. */
+static inline size_t tb_model_memory(const struct tb_model *m)
+{
+    return m->be->mem_limit ? m->be->mem_limit : (size_t)tb_mem_machine();
 }
 
 /* Packs the weights for the backward product, once. */

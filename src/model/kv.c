@@ -5,8 +5,6 @@
  */
 #include "model/kv.h"
 
-#include <unistd.h>
-
 #include "model/internal.h"
 #include "util/mem.h"
 
@@ -22,10 +20,8 @@ void tb_kv_init(struct tb_kv *kv, struct tb_model *m)
     kv->page_bytes = m->be->ops->kv_page_bytes(m->be, &s);
     size_t all = kv->page_bytes * (size_t)m->cfg.n_layers;
     size_t bytes = m->opt.kv_bytes;
-    if (!bytes) { /* an eighth of the machine, at most 2 GiB, no more than 64 full contexts need */
-        long pages = sysconf(_SC_PHYS_PAGES), size = sysconf(_SC_PAGESIZE);
-        size_t phys = pages > 0 && size > 0 ? (size_t)pages * (size_t)size : (size_t)8 << 30;
-        bytes = TB_MIN(phys / 8, (size_t)2 << 30);
+    if (!bytes) { /* an eighth of the memory, at most 2 GiB, no more than 64 full contexts need */
+        bytes = TB_MIN(tb_model_memory(m) / 8, (size_t)2 << 30);
         size_t full = (size_t)tb_kv_pages_for(m->opt.max_context) * 64;
         if (bytes / all > full) bytes = full * all;
     }

@@ -21,12 +21,6 @@ static bool reads_host(const struct tb_backend *be)
     return strcmp(be->ops->name, "cpu") == 0;
 }
 
-static size_t physical_memory(void)
-{
-    long pages = sysconf(_SC_PHYS_PAGES), size = sysconf(_SC_PAGESIZE);
-    return pages > 0 && size > 0 ? (size_t)pages * (size_t)size : (size_t)8 << 30;
-}
-
 /* ---- one weight: its tensors in the file, stacked along n_out */
 struct weight_parts {
     int n, n_in;
@@ -273,7 +267,7 @@ static void set_limits(struct tb_model *m)
     m->head_piece = (int)TB_MIN(TB_MAX(rows, 1), 64);
     m->head_rows = (int)TB_MIN(rows, 2048) / m->head_piece * m->head_piece;
     m->head_rows = TB_MAX(m->head_rows, m->head_piece);
-    size_t phys = physical_memory();
+    size_t phys = tb_model_memory(m);
     m->soft_bytes = o->activation_bytes ? o->activation_bytes : TB_MIN(phys / 8, (size_t)1 << 30);
     m->hard_bytes = o->activation_bytes ? o->activation_bytes : TB_MAX(m->soft_bytes, phys / 5 * 3);
 }

@@ -8,6 +8,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <uv.h>
 
 static atomic_long fail_after; /* tb_try_* calls until one fails; 0 = off */
 
@@ -106,4 +107,22 @@ char *tb_asprintf(const char *fmt, ...)
     vsnprintf(p, (size_t)n + 1, fmt, again);
     va_end(again);
     return p;
+}
+
+static uint64_t read_number(const char *path)
+{
+    FILE *f = fopen(path, "re");
+    unsigned long long v;
+    if (!f) return UINT64_MAX;
+    if (fscanf(f, "%llu", &v) != 1) v = UINT64_MAX; /* "max" */
+    fclose(f);
+    return v;
+}
+
+uint64_t tb_mem_machine(void)
+{
+    uint64_t all = uv_get_total_memory();
+    uint64_t v2 = read_number("/sys/fs/cgroup/memory.max");
+    uint64_t v1 = read_number("/sys/fs/cgroup/memory/memory.limit_in_bytes");
+    return TB_MIN(all, TB_MIN(v1, v2));
 }

@@ -23,6 +23,9 @@ void *tb_try_calloc(size_t n, size_t size);
 void *tb_try_realloc(void *p, size_t n);
 void tb_free(void *p);
 
+/* What this machine has for the process: its memory, or less where a control group says so. */
+uint64_t tb_mem_machine(void);
+
 /* Makes the n-th next tb_try_* call fail (0 = never); for tests only. */
 void tb_mem_fail_after(long n);
 

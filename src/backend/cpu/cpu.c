@@ -64,13 +64,19 @@ void *tb_scratch_get(struct tb_scratch *s, size_t bytes)
     return s->p;
 }
 
-static void *cpu_alloc(struct tb_backend *be, size_t bytes)
+void *tb_cpu_take(struct tb_backend *be, size_t bytes)
 {
-    return tb_cpu_alloc(bytes);
+    if (be->mem_limit && (bytes > be->mem_limit || be->mem_used > be->mem_limit - bytes))
+        return NULL;
+    void *p = tb_cpu_alloc(bytes);
+    if (p) be->mem_used += bytes;
+    return p;
 }
 
-static void cpu_free(struct tb_backend *be, void *p, size_t bytes)
+void tb_cpu_give(struct tb_backend *be, void *p, size_t bytes)
 {
+    if (!p) return;
+    be->mem_used -= bytes;
     tb_cpu_free(p);
 }
 
@@ -91,8 +97,8 @@ static int cpu_sync(struct tb_backend *be, struct tb_error *err)
 
 void tb_cpu_memory_ops(struct tb_backend_ops *o)
 {
-    o->alloc = cpu_alloc;
-    o->free = cpu_free;
+    o->alloc = tb_cpu_take;
+    o->free = tb_cpu_give;
     o->upload = cpu_copy;
     o->download = cpu_copy;
     o->copy = cpu_copy;
@@ -227,6 +233,7 @@ int tb_backend_cpu_create(struct tb_backend **out, const struct tb_backend_optio
     c->be.act = act;
     c->be.n_threads = options && options->n_threads > 0 ? options->n_threads : (int)cores;
     if (c->be.n_threads < 1) c->be.n_threads = 1;
+    c->be.mem_limit = options ? options->mem_limit : 0;
     if (c->be.n_threads > 256) c->be.n_threads = 256;
     c->own = calloc((size_t)c->be.n_threads, sizeof(*c->own));
     c->team = c->own ? tb_team_create(c->be.n_threads) : NULL;

@@ -115,5 +115,8 @@ void *tb_scratch_get(struct tb_scratch *s, size_t bytes);
 /* 64-byte aligned, huge pages for big blocks; NULL when there is none left. */
 void *tb_cpu_alloc(size_t bytes);
 void tb_cpu_free(void *p);
+/* The same, counted against be->mem_limit; NULL beyond it. */
+void *tb_cpu_take(struct tb_backend *be, size_t bytes);
+void tb_cpu_give(struct tb_backend *be, void *p, size_t bytes); /* accepts NULL */
 
 #endif

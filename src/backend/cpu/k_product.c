@@ -102,7 +102,7 @@ static void *pack(struct tb_cpu *cpu, const struct tb_weight *w, bool bwd, int n
     int outs = bwd ? w->n_in : w->n_out, kw = words(bwd ? w->n_out : w->n_in);
     int panels = (outs + NW - 1) / NW;
     *bytes = (size_t)panels * (size_t)kw * NW * 4;
-    struct pack p = {w, parts, dtypes, rows, n_parts, cpu, tb_cpu_alloc(*bytes)};
+    struct pack p = {w, parts, dtypes, rows, n_parts, cpu, tb_cpu_take(&cpu->be, *bytes)};
     if (!p.dst) return NULL;
     tb_team_run(cpu->team, bwd ? pack_bwd_task : pack_fwd_task, &p, panels);
     return p.dst;
@@ -131,8 +131,8 @@ static int weight_create(struct tb_backend *be, int n_parts, const void *const *
 static void weight_free(struct tb_backend *be, struct tb_weight *w)
 {
     if (!w) return;
-    tb_cpu_free(w->fwd);
-    tb_cpu_free(w->bwd);
+    tb_cpu_give(be, w->fwd, w->fwd_bytes);
+    tb_cpu_give(be, w->bwd, w->bwd_bytes);
     free(w);
 }
 

@@ -19,7 +19,7 @@ static int plain_weight_create(struct tb_backend *be, int n_parts, const void *c
     for (int p = 0; p < n_parts; p++)
         w->n_out += rows[p];
     w->fwd_bytes = (size_t)w->n_out * (size_t)n_in * tb_dtype_size(be->act);
-    w->fwd = tb_cpu_alloc(w->fwd_bytes);
+    w->fwd = tb_cpu_take(be, w->fwd_bytes);
     if (!w->fwd) {
         free(w);
         return tb_error_set(err, TB_ENOMEM, "no memory for a weight");
@@ -38,7 +38,7 @@ static int plain_weight_create(struct tb_backend *be, int n_parts, const void *c
 static void plain_weight_free(struct tb_backend *be, struct tb_weight *w)
 {
     if (!w) return;
-    tb_cpu_free(w->fwd);
+    tb_cpu_give(be, w->fwd, w->fwd_bytes);
     free(w);
 }
 
