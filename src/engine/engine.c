@@ -64,8 +64,8 @@ int tb_engine_create(struct tb_engine **out, uv_loop_t *loop, const struct tb_en
         uint64_t t0 = tb_clock_ms();
         if ((rc = tb_model_load(&models[n], be, m->name, m->dir, &mo, err))) {
             if (rc == TB_ENOMEM)
-                tb_error_prefix(err, "model %s does not fit into %llu MiB, of which %zu are taken",
-                                m->name, (unsigned long long)memory >> 20, be->mem_used >> 20);
+                tb_error_prefix(err, "the models do not fit into %llu MiB (--memory)",
+                                (unsigned long long)memory >> 20);
             goto fail;
         }
         const struct tb_model_info *info = tb_model_info(models[n]);
