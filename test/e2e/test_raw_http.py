@@ -610,3 +610,68 @@ def test_answer_comes_in_one_piece(raw):
         for _ in range(10):
             s.sendall(b"GET /api/v1/healthz HTTP/1.1\r\nHost: x\r\n\r\n")
             assert s.recv(65536).endswith(b"}")
+
+
+# ---------------------------------------------------------------------------------------------- older SDKs
+def json_data(**inputs):
+    return [{"model_input": {"chunks": [{"tokens": [1, 2]}, {"tokens": [3], "type": "encoded_text"}]},
+             "loss_fn_inputs": {k: {"data": v, "dtype": "int64" if k == "target_tokens" else "float32"}
+                                for k, v in inputs.items()}}]
+
+
+def test_training_in_json(raw, session):
+    """What releases before 0.25 send: JSON bodies, /forward, explicit nulls, fields left out. The numbers are protobuf's."""
+    old, new = (raw.create_model(session, "tiny", seq=i, seed=1) for i in range(2))
+    body = {"data": json_data(**GOOD), "loss_fn": "cross_entropy", "loss_fn_config": None}
+    ticket = raw.ok("forward_backward", {"forward_backward_input": body, "model_id": old, "seq_id": 1})
+    a = raw.retrieve(ticket["request_id"], proto=False)
+    b = raw.forward_backward(new, 1, [good_datum()])
+    assert a["metrics"] == b["metrics"]
+    assert [struct.unpack("<f", struct.pack("<f", x))[0] for x in a["loss_fn_outputs"][0]["logprobs"]["data"]] == b["logprobs"][0]
+    ticket = raw.ok("optim_step", {"model_id": old, "seq_id": 2, "adam_params": {"learning_rate": 1e-2}})
+    raw.retrieve(ticket["request_id"])
+    raw.optim_step(new, 2, 1e-2, beta1=0.9, beta2=0.95, eps=1e-12, weight_decay=0.0, grad_clip_norm=0.0)
+    ticket = raw.ok("forward", {"forward_input": body, "model_id": old, "seq_id": 3})
+    a = raw.retrieve(ticket["request_id"], proto=False)
+    assert a["metrics"] == raw.forward_backward(new, 3, [good_datum()], forward_only=True)["metrics"]
+    bad = ({"data": 5, "loss_fn": "ppo"}, {"loss_fn": "cross_entropy"}, {"data": [{}], "loss_fn": "cross_entropy"},
+           {"data": json_data(target_tokens=[2, "x", 4]), "loss_fn": "cross_entropy"},
+           {"data": json_data(target_tokens=[2, 1e400, 4]), "loss_fn": "cross_entropy"})
+    for wrong in bad:
+        model = raw.create_model(session, "tiny", seq=10 + bad.index(wrong))
+        reply = raw.post("forward_backward", {"forward_backward_input": wrong, "model_id": model, "seq_id": 1})
+        if reply.status == 200:
+            with pytest.raises(Failed) as error:
+                raw.retrieve(reply.json["request_id"])
+            assert error.value.category == "user"
+        else:
+            refused(reply)
+
+
+@pytest.mark.parametrize("kind,path", [("weights", "save_weights"), ("sampler_weights", "save_weights_for_sampler"),
+                                       ("external_weights", "save_weights_external")])
+def test_archives(raw, model, kind, path):
+    """The download of older SDKs: a redirect, which they follow themselves, to a tar of plain files, without a key."""
+    import io
+    import tarfile
+    raw.retrieve(raw.ok(path, {"model_id": model, "path": "a", "seq_id": 1, "type": path})["request_id"])
+    reply = raw.get(f"training_runs/{model}/checkpoints/{kind}/a/archive")
+    assert reply.status == 302, reply
+    url = urllib.parse.urlsplit(reply.headers["location"])
+    answer = raw.call("GET", url.path, key=False)
+    assert answer.status == 200
+    with tarfile.open(fileobj=io.BytesIO(answer.body)) as tar:
+        members = {m.name.removeprefix("./"): m for m in tar.getmembers() if not m.isdir()}
+        assert {"adapter_config.json", "adapter_model.safetensors"} <= set(members)
+        assert all(m.isfile() and not m.name.startswith("/") and ".." not in m.name for m in members.values())
+        weights = tar.extractfile(members["adapter_model.safetensors"]).read()
+        assert struct.unpack("<Q", weights[:8])[0] < len(weights)
+        assert json.load(tar.extractfile(members["adapter_config.json"]))["r"] == 8
+    assert raw.call("GET", url.path[:-14] + "0000archive.tar", key=False).status in (401, 403, 404)
+    refused(raw.get(f"training_runs/{model}/checkpoints/{kind}/b/archive"), (404,))
+
+
+def test_unload(raw, session, model):
+    ticket = raw.ok("unload_model", {"model_id": model, "type": "unload_model"})
+    assert raw.retrieve(ticket["request_id"])["model_id"] == model
+    assert raw.post("get_info", {"model_id": model, "type": "get_info"}).status in (404, 410)
