@@ -171,8 +171,8 @@ struct tb_backend_ops {
      * NULL), then rope at pos[i] (host) with tables cos, sin [max_pos, rope_dim/2] float32
      * (half-split form; dims beyond rope_dim pass through), stored as act q [T, n_head*hd], k, v
      * [T, n_kv*hd]. If raw_act is not NULL, the raw values of q and k are kept there as act [T,
-     * (n_head + n_kv)*hd] for the backward pass (only needed with q_norm) and the forward pass then
-     * reads them rounded so. */
+     * (n_head + n_kv)*hd] for the backward pass (only needed with q_norm). Norms read the
+     * rounded values, kept or not, so that training and sampling get the same bits. */
     void (*qkv_post)(struct tb_backend *be, const struct tb_attn_shape *s, const float *raw, int T,
                      const int32_t *pos, const float *cos, const float *sin, int rope_dim,
                      const float *q_norm, const float *k_norm, float eps, void *q, void *k, void *v,
