@@ -14,11 +14,14 @@
 #ifndef TB_MODEL_CUSTOM_CUSTOM_H
 #define TB_MODEL_CUSTOM_CUSTOM_H
 
+#include <math.h>
+
 #include "model/custom/graph.h"
 #include "util/arena.h"
 
-#define TB_G_RANK   8  /* dimensions of a tensor */
-#define TB_G_PARAMS 16 /* parameters of an operation */
+#define TB_G_RANK     8           /* dimensions of a tensor */
+#define TB_G_PARAMS   16          /* parameters of an operation */
+#define TB_G_ELEMENTS (1ll << 28) /* of a tensor; positions fit an int32 */
 
 enum tb_gtype { TB_GT_BOOL, TB_GT_INT, TB_GT_F32, TB_GT_F64 };
 
@@ -87,8 +90,8 @@ struct tb_gops {
     const struct tb_gop *rows;
     int n;
 };
-extern const struct tb_gops tb_gops_elem, tb_gops_reduce, tb_gops_shape, tb_gops_make,
-    tb_gops_product, tb_gops_nn, tb_gops_scalar;
+extern const struct tb_gops tb_gops_unary, tb_gops_binary, tb_gops_reduce, tb_gops_order,
+    tb_gops_shape, tb_gops_make, tb_gops_product, tb_gops_nn, tb_gops_scalar;
 
 struct tb_gnode {
     const char *name, *target;
@@ -162,7 +165,7 @@ const char *tb_gop_param(const struct tb_gop *op, int i, char buf[32]);
 /* ---- arguments of the node being evaluated (value.c) */
 bool tb_garg_given(const struct tb_grun *r, int i); /* not absent and not None */
 bool tb_garg_is_tensor(const struct tb_grun *r, int i);
-int tb_garg_bool(struct tb_grun *r, int i, bool *out);  /* keeps *out when not given */
+int tb_garg_bool(struct tb_grun *r, int i, bool *out); /* keeps *out when not given */
 int tb_garg_int(struct tb_grun *r, int i, int64_t *out);
 int tb_garg_double(struct tb_grun *r, int i, double *out);
 int tb_garg_str(struct tb_grun *r, int i, const char **out);
@@ -198,6 +201,11 @@ static inline double tb_ground(enum tb_gtype t, double v)
 static inline double tb_gt_at(const struct tb_gtensor *t, int64_t i)
 {
     return tb_gt_is_float(t->type) ? t->f[i] : (double)t->i[i];
+}
+/* As a C cast, without its undefined cases. */
+static inline int64_t tb_gto_int(double v)
+{
+    return v >= -9.2e18 && v <= 9.2e18 ? (int64_t)v : INT64_MIN;
 }
 const char *tb_gtype_name(enum tb_gtype t);
 const char *tb_gshape(const struct tb_gtensor *t, char buf[96]); /* "[2, 3]" */
@@ -238,7 +246,15 @@ void tb_gwalk_init(struct tb_gwalk *w, int rank, const int64_t *shape, int n,
                    int64_t strides[][TB_G_RANK]);
 void tb_gwalk_next(struct tb_gwalk *w);
 
-/* ---- elementwise (elem.c) */
+/* ---- elementwise (unary.c, binary.c) */
+static inline double tb_gsign(double x)
+{
+    return (double)((x > 0) - (x < 0));
+}
+static inline double tb_gsigmoid(double x)
+{
+    return x >= 0 ? 1 / (1 + exp(-x)) : exp(x) / (1 + exp(x));
+}
 enum tb_gbinary {
     TB_GB_ADD,
     TB_GB_SUB,
@@ -302,6 +318,12 @@ struct tb_gtensor *tb_gt_reduce(struct tb_grun *r, enum tb_greduce k, struct tb_
 struct tb_gtensor *tb_gt_norm(struct tb_grun *r, struct tb_gtensor *x, double p, unsigned dims,
                               bool keep);
 struct tb_gtensor *tb_gt_softmax(struct tb_grun *r, struct tb_gtensor *x, int dim, bool logs);
+
+/* ---- along one dimension (order.c): lanes of len elements, stride apart */
+struct tb_glanes {
+    int64_t outer, len, stride;
+};
+struct tb_glanes tb_glanes_of(const struct tb_gtensor *x, int dim);
 
 /* ---- indexing (index.c) */
 int tb_gt_getitem(struct tb_grun *r, struct tb_gtensor *x, const struct tb_gvalue *index,

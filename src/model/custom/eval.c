@@ -99,8 +99,8 @@ static struct tb_gtensor *bind_input(struct tb_grun *r, int i, const struct tb_g
     struct tb_gtensor *t = tb_gt_new(r, ints ? TB_GT_INT : TB_GT_F32, in->n_dims, in->shape);
     if (!t) return NULL;
     if (t->n != in->n) {
-        tb_gfail(r, TB_EINVAL, "the input has %lld elements, its shape says %lld",
-                 (long long)in->n, (long long)t->n);
+        tb_gfail(r, TB_EINVAL, "the input has %lld elements, its shape says %lld", (long long)in->n,
+                 (long long)t->n);
         return NULL;
     }
     for (int64_t k = 0; k < t->n; k++) {
@@ -198,8 +198,7 @@ static int go_back(struct tb_grun *r, struct tb_graph_run *run)
     size_t n = (size_t)run->n * (size_t)run->k;
     memset(run->d_logprobs, 0, n * sizeof(*run->d_logprobs));
     r->node = r->graph->loss;
-    if (!loss->needs)
-        return tb_gfail(r, TB_EINVAL, "the loss does not depend on logprobs");
+    if (!loss->needs) return tb_gfail(r, TB_EINVAL, "the loss does not depend on logprobs");
     if (!tb_gt_grad(r, loss)) return r->rc;
     loss->g[0] = 1;
     for (struct tb_gstep *s = r->tape; s; s = s->before) {
@@ -213,10 +212,10 @@ static int go_back(struct tb_grun *r, struct tb_graph_run *run)
         for (size_t k = 0; g && k < n; k++) {
             run->d_logprobs[k] = (float)g[k];
             if (!isfinite(run->d_logprobs[k]))
-                return r->rc = tb_error_set(
-                           r->err, TB_ENONFINITE,
-                           "the derivative of the loss is not finite at position %zu",
-                           k / (size_t)run->k);
+                return r->rc =
+                           tb_error_set(r->err, TB_ENONFINITE,
+                                        "the derivative of the loss is not finite at position %zu",
+                                        k / (size_t)run->k);
         }
     }
     return 0;

@@ -165,7 +165,7 @@ static int64_t *look_up(struct tb_grun *r, struct view *v, int *rank, int64_t *s
         all[i] = v->looks[i].t;
     if (tb_gt_broadcast(r, all, v->n_looks, rank, shape)) return NULL;
     for (int d = 0; d < *rank; d++)
-        *n = shape[d] && *n > (1ll << 28) / shape[d] ? -1 : *n * shape[d];
+        *n = shape[d] && *n > TB_G_ELEMENTS / shape[d] ? -1 : *n * shape[d];
     int64_t *off = tb_galloc(r, *n, sizeof(*off));
     if (!off || tb_gwork(r, *n * v->n_looks)) return NULL;
     memset(off, 0, (size_t)*n * sizeof(*off));
@@ -222,7 +222,7 @@ static struct tb_gtensor *take(struct tb_grun *r, struct tb_gtensor *x, struct v
         place = merge_looks(v, n_common);
     }
     for (int d = 0; d < v->rank; d++) {
-        n = v->shape[d] && n > (1ll << 28) / v->shape[d] ? -1 : n * v->shape[d];
+        n = v->shape[d] && n > TB_G_ELEMENTS / v->shape[d] ? -1 : n * v->shape[d];
         if (n < 0) break;
     }
     if (v->rank + TB_MAX(n_dims - 1, 0) > MAX_VIEW || n < 0) {

@@ -25,8 +25,7 @@ static int run_detach(struct tb_grun *r, struct tb_gvalue *out)
 /* p: the type */
 static int run_cast(struct tb_grun *r, struct tb_gvalue *out)
 {
-    return tb_gout(r, out,
-                   tb_gt_cast(r, tb_garg_tensor(r, 0), *(const enum tb_gtype *)r->op->p));
+    return tb_gout(r, out, tb_gt_cast(r, tb_garg_tensor(r, 0), *(const enum tb_gtype *)r->op->p));
 }
 
 static int run_type_as(struct tb_grun *r, struct tb_gvalue *out)
@@ -140,7 +139,7 @@ static int run_arange(struct tb_grun *r, struct tb_gvalue *out)
         if (tb_gt_is_float(type))
             y->f[i] = tb_ground(type, at);
         else
-            y->i[i] = type == TB_GT_BOOL ? at != 0 : (int64_t)at;
+            y->i[i] = type == TB_GT_BOOL ? at != 0 : tb_gto_int(at);
     }
     return tb_gout(r, out, y);
 }
@@ -208,8 +207,7 @@ static void copy_parts(struct tb_gtensor *const *t, int n, int dim, struct tb_gt
         int64_t len = t[i]->shape[dim] * inner;
         for (int64_t o = 0; o < outer; o++) {
             int64_t a = o * len, b = o * y->shape[dim] * inner + from;
-            if (!back)
-                memcpy(y->i + b, t[i]->i + a, (size_t)len * sizeof(*y->i));
+            if (!back) memcpy(y->i + b, t[i]->i + a, (size_t)len * sizeof(*y->i));
             for (int64_t k = 0; back && t[i]->g && k < len; k++)
                 t[i]->g[a + k] += y->g[b + k];
         }
@@ -235,8 +233,8 @@ static struct tb_gtensor *join(struct tb_grun *r, const struct join *j)
         bool fits = j->t[i]->rank == j->t[0]->rank && j->t[0]->rank > 0;
         for (int d = 0; d < j->t[0]->rank && fits; d++)
             fits = d == j->dim || j->t[i]->shape[d] == shape[d];
-        if (!fits || (i && __builtin_add_overflow(shape[j->dim], j->t[i]->shape[j->dim],
-                                                  &shape[j->dim]))) {
+        if (!fits ||
+            (i && __builtin_add_overflow(shape[j->dim], j->t[i]->shape[j->dim], &shape[j->dim]))) {
             char a[96], b[96];
             tb_gfail(r, TB_EINVAL, "shapes %s and %s cannot be joined", tb_gshape(j->t[0], a),
                      tb_gshape(j->t[i], b));
@@ -284,8 +282,7 @@ static const enum tb_gtype to_f32 = TB_GT_F32, to_f64 = TB_GT_F64, to_int = TB_G
 #define MADE "?dtype ~device ~layout ~pin_memory !requires_grad ~memory_format !out"
 
 static const struct tb_gop ops[] = {
-    {".contiguous torch.clone .clone .cpu", "input ~memory_format", run_same,
-     NULL},
+    {".contiguous torch.clone .clone .cpu", "input ~memory_format", run_same, NULL},
     {"operator.pos torch.positive .positive", "input", run_same, NULL},
     {"torch.detach .detach", "input", run_detach, NULL},
     {".float", "input ~memory_format", run_cast, &to_f32},

@@ -6,6 +6,9 @@
  * Owner: the graph's arena. Thread: the creator's.
  */
 #include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "model/custom/custom.h"
@@ -28,9 +31,9 @@ struct parse {
 
 /* ---- the table of operations */
 
-static const struct tb_gops *const families[] = {&tb_gops_elem,    &tb_gops_reduce, &tb_gops_shape,
-                                                 &tb_gops_make,    &tb_gops_product, &tb_gops_nn,
-                                                 &tb_gops_scalar};
+static const struct tb_gops *const families[] = {
+    &tb_gops_unary, &tb_gops_binary,  &tb_gops_reduce, &tb_gops_order, &tb_gops_shape,
+    &tb_gops_make,  &tb_gops_product, &tb_gops_nn,     &tb_gops_scalar};
 
 static bool has_word(const char *words, const char *w, size_t n)
 {
@@ -288,8 +291,7 @@ static int bind_positional(struct parse *p, const struct tb_json *args, const st
     struct tb_gvalue list;
     int rc = parse_list(p, args, 0, &list), q = 0;
     for (int i = 0; i < list.list.n && !rc; i++) {
-        if (q == n_params)
-            return refuse(p, TB_EINVAL, "takes at most %d arguments", n_params);
+        if (q == n_params) return refuse(p, TB_EINVAL, "takes at most %d arguments", n_params);
         if (params[q].kind == '*') {
             slots[q] = (struct tb_gvalue){.kind = TB_GV_LIST};
             slots[q].list.v = list.list.v + i;
@@ -422,8 +424,7 @@ static int parse_output(struct parse *p, const struct tb_json *node)
     int rc = tb_json_array(node, "args", true, &args, p->err);
     if (rc) return rc;
     tb_json_at(&args, 0, &pair);
-    if (tb_json_is_object(&pair) && tb_json_find(&pair, "tuple", &inner))
-        pair = inner;
+    if (tb_json_is_object(&pair) && tb_json_find(&pair, "tuple", &inner)) pair = inner;
     if (tb_json_len(&args) != 1 || !tb_json_is_array(&pair) || tb_json_len(&pair) != 2)
         return refuse(p, TB_EINVAL, "must return a tuple of the loss and a dict of metrics");
     tb_json_at(&pair, 0, &loss);

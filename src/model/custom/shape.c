@@ -186,8 +186,8 @@ static int run_flatten(struct tb_grun *r, struct tb_gvalue *out)
     struct tb_gtensor *x = tb_garg_tensor(r, 0);
     int64_t from = 0, to = -1, shape[TB_G_RANK];
     int a, b, n = 0;
-    if (!x || tb_garg_int(r, 1, &from) || tb_garg_int(r, 2, &to) ||
-        tb_gdim(r, from, x->rank, &a) || tb_gdim(r, to, x->rank, &b))
+    if (!x || tb_garg_int(r, 1, &from) || tb_garg_int(r, 2, &to) || tb_gdim(r, from, x->rank, &a) ||
+        tb_gdim(r, to, x->rank, &b))
         return r->rc;
     if (a > b) return tb_gfail(r, TB_EINVAL, "start_dim is after end_dim");
     if (x->rank == 0) {
@@ -271,7 +271,7 @@ static struct tb_gtensor *map_all(struct tb_grun *r, struct mapper *m, int rank,
         return NULL;
     }
     for (int d = 0; d < rank; d++)
-        if (shape[d] < 0 || __builtin_mul_overflow(n, shape[d], &n) || n > (1ll << 28)) {
+        if (shape[d] < 0 || __builtin_mul_overflow(n, shape[d], &n) || n > TB_G_ELEMENTS) {
             tb_gfail(r, TB_ETOOBIG, "a tensor of too many elements");
             return NULL;
         }
@@ -355,8 +355,7 @@ static int run_roll(struct tb_grun *r, struct tb_gvalue *out)
     struct tb_gtensor *x = tb_garg_tensor(r, 0), *flat;
     int64_t by[TB_G_RANK], dims[TB_G_RANK];
     int n, n_dims, dim;
-    if (!x || tb_garg_ints(r, 1, TB_G_RANK, by, &n) ||
-        tb_garg_ints(r, 2, TB_G_RANK, dims, &n_dims))
+    if (!x || tb_garg_ints(r, 1, TB_G_RANK, by, &n) || tb_garg_ints(r, 2, TB_G_RANK, dims, &n_dims))
         return r->rc;
     struct mapper m = {.x = x};
     if (n_dims <= 0) { /* over all elements in their order */
@@ -405,7 +404,8 @@ static int run_pad(struct tb_grun *r, struct tb_gvalue *out)
     for (int i = 0; i < n / 2; i++) {
         int d = x->rank - 1 - i;
         m.a[d] = pad[2 * i];
-        if (__builtin_add_overflow(shape[d], pad[2 * i], &shape[d]) ||
+        if (pad[2 * i] < -TB_G_ELEMENTS ||
+            __builtin_add_overflow(shape[d], pad[2 * i], &shape[d]) ||
             __builtin_add_overflow(shape[d], pad[2 * i + 1], &shape[d]) || shape[d] < 0)
             return tb_gfail(r, TB_EINVAL, "pad does not fit the tensor");
     }
@@ -557,7 +557,7 @@ static int parts(struct tb_grun *r, struct tb_gtensor *x, int dim, int64_t each,
     int64_t size = x->rank ? x->shape[dim] : 0, shape[TB_G_RANK];
     if (x->rank == 0 || each < 1)
         return tb_gfail(r, TB_EINVAL, "parts of %lld elements", (long long)each);
-    int64_t n = (size + each - 1) / each;
+    int64_t n = size ? (size - 1) / each + 1 : 1;
     if (n > TB_GRAPH_MAX_ARGS) return tb_gfail(r, TB_ETOOBIG, "%lld parts", (long long)n);
     struct tb_gvalue *v = tb_galloc(r, n, sizeof(*v));
     for (int64_t i = 0; v && i < n; i++) {

@@ -11,8 +11,6 @@
 #include "model/custom/custom.h"
 #include "util/mem.h"
 
-#define MAX_ELEMENTS (1ll << 28) /* positions fit an int32 */
-
 const char *tb_gtype_name(enum tb_gtype t)
 {
     static const char *const names[] = {"bool", "int64", "float32", "float64"};
@@ -30,28 +28,30 @@ const char *tb_gshape(const struct tb_gtensor *t, char buf[96])
     return buf;
 }
 
-struct tb_gtensor *tb_gt_new(struct tb_grun *r, enum tb_gtype type, int rank, const int64_t *shape)
+/* Elements of a shape; the product of its sizes is bounded even where one is 0, so that strides
+ * cannot overflow. */
+static int count(struct tb_grun *r, int rank, const int64_t *shape, int64_t *out)
 {
     int64_t n = 1;
-    if (rank > TB_G_RANK) {
-        tb_gfail(r, TB_ETOOBIG, "a tensor of %d dimensions; at most %d are supported", rank,
-                 TB_G_RANK);
-        return NULL;
-    }
     bool empty = false;
+    if (rank > TB_G_RANK)
+        return tb_gfail(r, TB_ETOOBIG, "a tensor of %d dimensions; at most %d are supported", rank,
+                        TB_G_RANK);
     for (int i = 0; i < rank; i++) {
-        if (shape[i] < 0) {
-            tb_gfail(r, TB_EINVAL, "a dimension of size %lld", (long long)shape[i]);
-            return NULL;
-        }
+        if (shape[i] < 0)
+            return tb_gfail(r, TB_EINVAL, "a dimension of size %lld", (long long)shape[i]);
         empty |= shape[i] == 0;
+        if (__builtin_mul_overflow(n, TB_MAX(shape[i], 1), &n) || n > TB_G_ELEMENTS)
+            return tb_gfail(r, TB_ETOOBIG, "a tensor of more than %lld elements", TB_G_ELEMENTS);
     }
-    for (int i = 0; i < rank && !empty; i++)
-        if (__builtin_mul_overflow(n, shape[i], &n) || n > MAX_ELEMENTS) {
-            tb_gfail(r, TB_ETOOBIG, "a tensor of more than %lld elements", MAX_ELEMENTS);
-            return NULL;
-        }
-    if (empty) n = 0;
+    *out = empty ? 0 : n;
+    return 0;
+}
+
+struct tb_gtensor *tb_gt_new(struct tb_grun *r, enum tb_gtype type, int rank, const int64_t *shape)
+{
+    int64_t n;
+    if (count(r, rank, shape, &n)) return NULL;
     if (tb_gwork(r, n + 16)) return NULL;
     struct tb_gtensor *t = tb_galloc(r, 1, sizeof(*t));
     if (!t) return NULL;
@@ -84,19 +84,13 @@ struct tb_gtensor *tb_gt_int(struct tb_grun *r, int64_t v)
     return t;
 }
 
-/* As a C cast, without its undefined cases. */
-static int64_t to_int(double v)
-{
-    return v >= -9.2e18 && v <= 9.2e18 ? (int64_t)v : INT64_MIN;
-}
-
 void tb_gt_fill(struct tb_gtensor *t, double v)
 {
     for (int64_t i = 0; i < t->n; i++) {
         if (tb_gt_is_float(t->type))
             t->f[i] = tb_ground(t->type, v);
         else
-            t->i[i] = t->type == TB_GT_BOOL ? v != 0 : to_int(v);
+            t->i[i] = t->type == TB_GT_BOOL ? v != 0 : tb_gto_int(v);
     }
 }
 
@@ -140,8 +134,8 @@ enum tb_gtype tb_gt_promote(const struct tb_gtensor *const *t, int n)
     }
     int out = best[0];
     for (int c = 1; c < 3; c++)
-        if (best[c] >= 0 && (out < 0 || category((enum tb_gtype)best[c]) >
-                                            category((enum tb_gtype)out)))
+        if (best[c] >= 0 &&
+            (out < 0 || category((enum tb_gtype)best[c]) > category((enum tb_gtype)out)))
             out = best[c];
     return (enum tb_gtype)out;
 }
@@ -166,7 +160,7 @@ struct tb_gtensor *tb_gt_cast(struct tb_grun *r, struct tb_gtensor *x, enum tb_g
         else if (type == TB_GT_BOOL)
             y->i[i] = tb_gt_is_float(x->type) ? x->f[i] != 0 : x->i[i] != 0;
         else
-            y->i[i] = tb_gt_is_float(x->type) ? to_int(x->f[i]) : x->i[i];
+            y->i[i] = tb_gt_is_float(x->type) ? tb_gto_int(x->f[i]) : x->i[i];
     }
     tb_gt_step(r, y, x, NULL, NULL, back_same);
     return r->rc ? NULL : y;
@@ -191,15 +185,8 @@ struct tb_gtensor *tb_gt_detach(struct tb_grun *r, struct tb_gtensor *x)
 struct tb_gtensor *tb_gt_view(struct tb_grun *r, struct tb_gtensor *x, int rank,
                               const int64_t *shape)
 {
-    int64_t n = 1;
-    if (!x) return NULL;
-    if (rank > TB_G_RANK) {
-        tb_gfail(r, TB_ETOOBIG, "a tensor of %d dimensions; at most %d are supported", rank,
-                 TB_G_RANK);
-        return NULL;
-    }
-    for (int i = 0; i < rank; i++)
-        if (shape[i] < 0 || __builtin_mul_overflow(n, shape[i], &n)) n = -1, rank = 0;
+    int64_t n;
+    if (!x || count(r, rank, shape, &n)) return NULL;
     if (n != x->n) {
         char buf[96];
         tb_gfail(r, TB_EINVAL, "a tensor of shape %s does not fit the new shape",
@@ -236,7 +223,7 @@ struct tb_gtensor *tb_gt_pick(struct tb_grun *r, struct tb_gtensor *x, int rank,
         for (int64_t i = 0; i < y->n; i++)
             y->f[i] = map[i] < 0 ? fill : x->f[map[i]];
     } else {
-        int64_t f = x->type == TB_GT_BOOL ? fill != 0 : to_int(fill);
+        int64_t f = x->type == TB_GT_BOOL ? fill != 0 : tb_gto_int(fill);
         for (int64_t i = 0; i < y->n; i++)
             y->i[i] = map[i] < 0 ? f : x->i[map[i]];
     }
@@ -320,12 +307,12 @@ struct tb_gtensor *tb_gt_expand(struct tb_grun *r, struct tb_gtensor *x, int ran
         int from = d - (rank - x->rank);
         int64_t size = from < 0 ? 1 : x->shape[from];
         ok = shape[d] >= 0 && (size == 1 || size == shape[d]) &&
-             !__builtin_mul_overflow(n, shape[d], &n) && n <= MAX_ELEMENTS;
+             !__builtin_mul_overflow(n, shape[d], &n) && n <= TB_G_ELEMENTS;
         same &= size == shape[d];
     }
     if (!ok) {
         char buf[96];
-        tb_gfail(r, n > MAX_ELEMENTS ? TB_ETOOBIG : TB_EINVAL,
+        tb_gfail(r, n > TB_G_ELEMENTS ? TB_ETOOBIG : TB_EINVAL,
                  "a tensor of shape %s does not expand to the shape asked for", tb_gshape(x, buf));
         return NULL;
     }
