@@ -129,6 +129,7 @@ static int version_create(struct tb_adapter_version **out, struct tb_model *m,
                             (long long)(((size_t)layout->n_floats * elem) >> 20));
     }
     v->refs = 1;
+    v->serial = ++m->last_serial;
     v->m = m;
     v->layout = layout;
     layout->refs++;
@@ -152,6 +153,7 @@ void tb_version_ref(struct tb_adapter_version *v)
 void tb_version_unref(struct tb_adapter_version *v)
 {
     if (!v || --v->refs > 0) return;
+    tb_kv_forget(&v->m->kv, v->serial);
     v->m->be->ops->free(v->m->be, v->act,
                         (size_t)v->layout->n_floats * tb_dtype_size(v->m->be->act));
     layout_unref(v->layout);
@@ -160,7 +162,11 @@ void tb_version_unref(struct tb_adapter_version *v)
 
 int tb_adapter_own_version(struct tb_adapter *a, struct tb_error *err)
 {
-    if (a->cur->refs == 1) return 0;
+    if (a->cur->refs == 1) { /* nobody uses it now, but somebody may have sampled with it */
+        tb_kv_forget(&a->m->kv, a->cur->serial);
+        a->cur->serial = ++a->m->last_serial;
+        return 0;
+    }
     struct tb_adapter_version *v;
     int rc = version_create(&v, a->m, a->layout, err);
     if (rc) return rc;
@@ -482,7 +488,7 @@ int tb_adapter_restore(struct tb_adapter *a, const struct tb_adapter_state *s, b
             return tb_error_set(err, TB_EINVAL, "checkpoint: %s is %s, the model's is %s",
                                 flags[i].name, flags[i].theirs ? "true" : "false",
                                 flags[i].ours ? "true" : "false");
-    struct tb_adapter *b;
+    struct tb_adapter *b = NULL;
     int rc = build(&b, a->m, s, with_optimizer, err);
     if (rc) return rc;
     struct tb_adapter old =

@@ -10,6 +10,11 @@
 
 #include "util/mem.h"
 
+/* Adapted modules of one product: q, k, v. A sampling step's head needs as many spans: its rows
+ * come in three groups (scored, drawn once, drawn several times), each with at most the step's
+ * runs. */
+#define TB_MAX_PARTS 3
+
 /* ---- layout: the same walk counts bytes (base NULL) and places pointers */
 struct carve {
     char *base;
@@ -103,7 +108,7 @@ static int alloc_host(struct tb_pass *p)
     p->x_mid = p->x + L + 1;
     /* Sampling lists its rows with logits in three groups, each with the pass's versions. */
     size_t n = (size_t)TB_MAX(3 * p->n_lora, p->n_grads) + 1;
-    p->spans = tb_try_calloc(n, sizeof(*p->spans));
+    p->spans = tb_try_calloc(TB_MAX_PARTS * n, sizeof(*p->spans));
     return p->spans ? 0 : TB_ENOMEM;
 }
 
@@ -149,15 +154,41 @@ int tb_pass_spans(struct tb_pass *p, int module, bool backward)
                     : tb_lora_spans(p->lora, p->n_lora, module, false, p->spans);
 }
 
-/* y += scale (x A^T) B^T of one module; u keeps x A^T. */
-static void lora(struct tb_pass *p, int module, const void *x, int n_in, void *u, float *y, int ldy,
-                 int n_out)
+/* An adapted module within a (stacked) product: u keeps x A^T, its outputs lie at columns [col, col
+ * + n_out).
+ */
+struct part {
+    int module;
+    void *u;
+    int col, n_out;
+};
+
+/* y (+)= x W^T + bias, and scale (x A^T) B^T of each part. */
+static void product(struct tb_pass *p, const struct tb_weight *w, const void *x, int n_in,
+                    const float *bias, float *y, int ldy, bool accumulate, const struct part *parts,
+                    int n_parts)
 {
-    int n = tb_pass_spans(p, module, false);
-    if (n == 0) return;
     const struct tb_backend_ops *ops = p->m->be->ops;
-    ops->lora_down(p->m->be, p->spans, n, x, n_in, n_in, u, p->ru);
-    ops->lora_up(p->m->be, p->spans, n, u, p->ru, y, ldy, n_out);
+    struct tb_backend *be = p->m->be;
+    struct tb_lora_term terms[TB_MAX_PARTS];
+    struct tb_lora_span *spans = p->spans;
+    int n = 0;
+    for (int i = 0; i < n_parts; i++) {
+        const struct part *a = &parts[i];
+        int n_spans = tb_lora_spans(p->lora, p->n_lora, a->module, false, spans);
+        if (n_spans == 0) continue;
+        ops->lora_down(be, spans, n_spans, x, n_in, n_in, a->u, p->ru);
+        terms[n++] = (struct tb_lora_term){spans, n_spans, a->u, p->ru, a->col, a->n_out};
+        spans += n_spans;
+    }
+    if (n && ops->matmul_lora) {
+        ops->matmul_lora(be, w, x, p->T, bias, y, ldy, accumulate, terms, n);
+        return;
+    }
+    ops->matmul(be, w, x, p->T, bias, y, ldy, accumulate);
+    for (int i = 0; i < n; i++)
+        ops->lora_up(be, terms[i].spans, terms[i].n_spans, terms[i].u, p->ru, y + terms[i].col, ldy,
+                     terms[i].n_out);
 }
 
 static void attention(struct tb_pass *p, int l, struct tb_saved *s)
@@ -188,25 +219,25 @@ void tb_pass_layer(struct tb_pass *p, int l, struct tb_saved *s, float *x_in, fl
     struct tb_attn_shape shape = tb_pass_shape(p, l);
 
     ops->rmsnorm(m->be, x_in, y->norm_attn, T, d, c->norm_eps, p->h, NULL);
-    ops->matmul(m->be, y->qkv, p->h, T, y->qkv_bias, p->raw, nqkv, false);
-    lora(p, mod + TB_Q, p->h, d, s->u[TB_Q], p->raw, nqkv, nq);
-    lora(p, mod + TB_K, p->h, d, s->u[TB_K], p->raw + nq, nqkv, nkv);
-    lora(p, mod + TB_V, p->h, d, s->u[TB_V], p->raw + nq + nkv, nqkv, nkv);
+    const struct part qkv[] = {{mod + TB_Q, s->u[TB_Q], 0, nq},
+                               {mod + TB_K, s->u[TB_K], nq, nkv},
+                               {mod + TB_V, s->u[TB_V], nq + nkv, nkv}};
+    product(p, y->qkv, p->h, d, y->qkv_bias, p->raw, nqkv, false, qkv, 3);
     ops->qkv_post(m->be, &shape, p->raw, T, p->pos, m->rope_cos, m->rope_sin, c->head_dim,
                   y->q_norm, y->k_norm, c->norm_eps, s->q, s->k, s->v, s->raw);
     attention(p, l, s);
     if (x_mid != x_in) ops->copy(m->be, x_mid, x_in, x_bytes);
-    ops->matmul(m->be, y->o, s->att, T, y->o_bias, x_mid, d, true);
-    lora(p, mod + TB_O, s->att, nq, s->u[TB_O], x_mid, d, d);
+    const struct part o[] = {{mod + TB_O, s->u[TB_O], 0, d}};
+    product(p, y->o, s->att, nq, y->o_bias, x_mid, d, true, o, 1);
 
     ops->rmsnorm(m->be, x_mid, y->norm_mlp, T, d, c->norm_eps, p->h, NULL);
-    ops->matmul(m->be, y->gate_up, p->h, T, NULL, p->gu, 2 * F, false);
-    lora(p, mod + TB_GATE, p->h, d, s->u[TB_GATE], p->gu, 2 * F, F);
-    lora(p, mod + TB_UP, p->h, d, s->u[TB_UP], p->gu + F, 2 * F, F);
+    const struct part gate_up[] = {{mod + TB_GATE, s->u[TB_GATE], 0, F},
+                                   {mod + TB_UP, s->u[TB_UP], F, F}};
+    product(p, y->gate_up, p->h, d, NULL, p->gu, 2 * F, false, gate_up, 2);
     ops->swiglu(m->be, p->gu, T, F, p->a, p->kind == TB_PASS_INFER ? NULL : s->gu);
     if (x_out != x_mid) ops->copy(m->be, x_out, x_mid, x_bytes);
-    ops->matmul(m->be, y->down, p->a, T, NULL, x_out, d, true);
-    lora(p, mod + TB_DOWN, p->a, F, s->u[TB_DOWN], x_out, d, d);
+    const struct part down[] = {{mod + TB_DOWN, s->u[TB_DOWN], 0, d}};
+    product(p, y->down, p->a, F, NULL, x_out, d, true, down, 1);
 }
 
 void tb_pass_forward(struct tb_pass *p)

@@ -50,7 +50,6 @@ void tb_head_logits(struct tb_pass *p, int row, int n)
     const struct tb_backend_ops *ops = m->be->ops;
     int d = m->cfg.hidden, V = m->cfg.vocab;
     const void *x = act_row(p, p->xn, row, d);
-    ops->matmul(m->be, m->head, x, n, NULL, p->logits, V, false);
     int n_spans = tb_pass_spans(p, tb_model_unembed(m), false), k = 0;
     for (int i = 0; i < n_spans; i++) { /* clip to the block */
         struct tb_lora_span s = p->spans[i];
@@ -60,9 +59,14 @@ void tb_head_logits(struct tb_pass *p, int row, int n)
         s.n = hi - lo;
         p->spans[k++] = s;
     }
-    if (k == 0) return;
-    ops->lora_down(m->be, p->spans, k, x, d, d, p->u_head, p->ru);
-    ops->lora_up(m->be, p->spans, k, p->u_head, p->ru, p->logits, V, V);
+    if (k) ops->lora_down(m->be, p->spans, k, x, d, d, p->u_head, p->ru);
+    if (k && ops->matmul_lora) {
+        const struct tb_lora_term term = {p->spans, k, p->u_head, p->ru, 0, V};
+        ops->matmul_lora(m->be, m->head, x, n, NULL, p->logits, V, false, &term, 1);
+        return;
+    }
+    ops->matmul(m->be, m->head, x, n, NULL, p->logits, V, false);
+    if (k) ops->lora_up(m->be, p->spans, k, p->u_head, p->ru, p->logits, V, V);
 }
 
 static void piece_logprobs(struct head *h, const struct piece *c)

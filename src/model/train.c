@@ -16,7 +16,9 @@
 
 #include "util/mem.h"
 
-#define TB_MAX_MICRO_ROWS 4096
+/* Rows of a micro-batch: a layer's activations stay in the last-level cache, and the weights are
+ * read often enough for the products to hide it. */
+#define TB_MAX_MICRO_ROWS 512
 
 void tb_train_fail(struct tb_train_op *op, int code, const char *fmt, ...)
 {

@@ -42,7 +42,7 @@ bad:
 static int parse_int(const char *name, const char *text, int min, int max, int *out,
                      struct tb_error *err)
 {
-    uint64_t v;
+    uint64_t v = 0;
     int rc = parse_u64(name, text, (uint64_t)min, (uint64_t)max, false, &v, err);
     if (!rc) *out = (int)v;
     return rc;
@@ -170,7 +170,7 @@ static int set_max_body(struct tb_cli *c, const char *name, const char *text, st
 
 static int set_long_poll(struct tb_cli *c, const char *name, const char *text, struct tb_error *err)
 {
-    uint64_t s;
+    uint64_t s = 0;
     int rc = parse_u64(name, text, 1, 40, false, &s, err);
     if (!rc) c->options.long_poll_ms = s * 1000;
     return rc;
@@ -178,7 +178,7 @@ static int set_long_poll(struct tb_cli *c, const char *name, const char *text, s
 
 static int set_lease(struct tb_cli *c, const char *name, const char *text, struct tb_error *err)
 {
-    uint64_t s;
+    uint64_t s = 0;
     int rc = parse_u64(name, text, 1, 7 * 24 * 3600, false, &s, err);
     if (!rc) c->options.session_lease_ms = s * 1000;
     return rc;

@@ -401,7 +401,7 @@ int tb_json_array(const struct tb_json *obj, const char *key, bool required, str
 int tb_json_string(const struct tb_json *obj, const char *key, bool required, struct tb_arena *a,
                    size_t max, const char **out, struct tb_error *err)
 {
-    struct tb_json n;
+    struct tb_json n = {0};
     int rc = member(obj, key, required, &n, err);
     return rc <= 0 ? rc : tb_json_as_string(&n, a, max, out, err);
 }
@@ -409,7 +409,7 @@ int tb_json_string(const struct tb_json *obj, const char *key, bool required, st
 int tb_json_int(const struct tb_json *obj, const char *key, bool required, int64_t min, int64_t max,
                 int64_t *out, struct tb_error *err)
 {
-    struct tb_json n;
+    struct tb_json n = {0};
     int rc = member(obj, key, required, &n, err);
     return rc <= 0 ? rc : tb_json_as_int(&n, min, max, out, err);
 }
@@ -417,7 +417,7 @@ int tb_json_int(const struct tb_json *obj, const char *key, bool required, int64
 int tb_json_double(const struct tb_json *obj, const char *key, bool required, double min,
                    double max, double *out, struct tb_error *err)
 {
-    struct tb_json n;
+    struct tb_json n = {0};
     int rc = member(obj, key, required, &n, err);
     return rc <= 0 ? rc : tb_json_as_double(&n, min, max, out, err);
 }
@@ -425,7 +425,7 @@ int tb_json_double(const struct tb_json *obj, const char *key, bool required, do
 int tb_json_bool(const struct tb_json *obj, const char *key, bool required, bool *out,
                  struct tb_error *err)
 {
-    struct tb_json n;
+    struct tb_json n = {0};
     int rc = member(obj, key, required, &n, err);
     return rc <= 0 ? rc : tb_json_as_bool(&n, out, err);
 }

@@ -151,7 +151,7 @@ static int isa_parse(const char *name, enum tb_isa *out, struct tb_error *err)
 
 bool tb_cpu_has_bf16(const char *isa)
 {
-    enum tb_isa got;
+    enum tb_isa got = TB_ISA_PLAIN;
     return isa_parse(isa, &got, NULL) == 0 && got == TB_ISA_AVX512_BF16;
 }
 
@@ -216,7 +216,7 @@ static void fill_ops(struct tb_cpu *c)
 int tb_backend_cpu_create(struct tb_backend **out, const struct tb_backend_options *options,
                           struct tb_error *err)
 {
-    enum tb_isa isa;
+    enum tb_isa isa = TB_ISA_PLAIN;
     int rc = isa_parse(options ? options->isa : NULL, &isa, err);
     *out = NULL;
     if (rc) return rc;
