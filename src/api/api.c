@@ -55,6 +55,11 @@ void tb_api_set_remote(struct tb_api *a)
     a->o.loopback = false;
 }
 
+void tb_api_set_http(struct tb_api *a, const struct tb_http_server *http)
+{
+    a->http = http;
+}
+
 static void finish(struct tb_api *a)
 {
     void (*cb)(void *) = a->close_cb;

@@ -30,6 +30,8 @@ int tb_api_create(struct tb_api **out, uv_loop_t *loop, struct tb_core *core,
                   const struct tb_api_options *o, struct tb_error *err);
 /* The server listens beyond loopback now: clients may not share its file system. */
 void tb_api_set_remote(struct tb_api *a);
+/* The server of the port, for /metrics; it must outlive the api object, or NULL must be set. */
+void tb_api_set_http(struct tb_api *a, const struct tb_http_server *http);
 /* cb when no work of ours is left in the pool. */
 void tb_api_close(struct tb_api *a, void (*cb)(void *arg), void *arg);
 

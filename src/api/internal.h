@@ -24,7 +24,8 @@ struct tb_api_own_route; /* an embedder's */
 struct tb_api {
     uv_loop_t *loop;
     struct tb_core *core;
-    struct tb_api_options o; /* strings in `strings` */
+    const struct tb_http_server *http; /* NULL: no counters of it */
+    struct tb_api_options o;           /* strings in `strings` */
     struct tb_arena strings;
     struct tb_api_own_route *own;
     struct tb_map downloads; /* token → struct tb_download (rest_external.c) */

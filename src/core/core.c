@@ -42,8 +42,9 @@ int tb_core_create(struct tb_core **out, uv_loop_t *loop, struct tb_engine *engi
     c->o.result_ttl_ms = pick(o->result_ttl_ms, TB_RESULT_TTL_MS);
     c->o.result_unread_ttl_ms = pick(o->result_unread_ttl_ms, TB_RESULT_UNREAD_TTL_MS);
     c->o.max_queued_bytes = pick(o->max_queued_bytes, TB_MAX_QUEUED_BYTES);
-    struct tb_map *maps[] = {&c->session_map,  &c->model_map, &c->sampler_map, &c->future_map,
-                             &c->session_keys, &c->idem,      &c->versions,    &c->by_address};
+    struct tb_map *maps[] = {&c->session_map, &c->model_map,    &c->sampler_map,
+                             &c->future_map,  &c->session_keys, &c->idem,
+                             &c->versions,    &c->by_address,   &c->opened};
     for (size_t i = 0; i < TB_ARRAY_LEN(maps); i++)
         tb_map_init(maps[i]);
     tb_list_init(&c->sessions);
@@ -52,10 +53,13 @@ int tb_core_create(struct tb_core **out, uv_loop_t *loop, struct tb_engine *engi
     tb_list_init(&c->read);
     tb_list_init(&c->resolved);
     tb_list_init(&c->answers);
+    tb_list_init(&c->changed);
+    tb_list_init(&c->feed_waiters);
     uv_timer_init(loop, &c->wait_timer);
+    uv_timer_init(loop, &c->feed_timer);
     uv_timer_init(loop, &c->tick_timer);
-    c->wait_timer.data = c->tick_timer.data = c;
-    c->open_handles = 2;
+    c->wait_timer.data = c->feed_timer.data = c->tick_timer.data = c;
+    c->open_handles = 3;
     uint64_t least =
         TB_MIN(c->o.session_lease_ms, TB_MIN(c->o.result_ttl_ms, c->o.result_unread_ttl_ms));
     uint64_t every = TB_MIN(TB_MAX(least / 4, 1), 1000);
@@ -99,14 +103,29 @@ void tb_core_stats(const struct tb_core *c, struct tb_core_stats *out)
     out->queued_bytes = c->queued_bytes;
 }
 
+void tb_core_compute_stats(const struct tb_core *c, struct tb_compute_stats *out)
+{
+    struct tb_engine_stats e = {0};
+    tb_engine_stats(c->engine, &e);
+    *out = (struct tb_compute_stats){.train_tokens = e.train_tokens,
+                                     .prefill_tokens = e.prefill_tokens,
+                                     .decode_tokens = e.decode_tokens,
+                                     .steps = e.steps,
+                                     .tasks_waiting = e.waiting,
+                                     .tasks_running = e.running,
+                                     .busy_us = e.busy_us};
+}
+
 /* ---- the way out of every entry */
 
 void tb_core_leave(struct tb_core *c)
 {
     if (c->leaving) return; /* an outer call of this function goes on with the list */
     c->leaving = true;
-    while (!tb_list_empty(&c->resolved) || !tb_list_empty(&c->answers)) {
+    while (!tb_list_empty(&c->resolved) || !tb_list_empty(&c->answers) ||
+           !tb_list_empty(&c->changed)) {
         tb_futures_resolve(c);
+        tb_feeds_answer(c);
         tb_samplers_answer(c);
     }
     c->leaving = false;
@@ -194,12 +213,28 @@ int tb_core_submit(struct tb_core *c, struct tb_op *op, struct tb_ticket *out, s
     return rc;
 }
 
+void tb_core_cancel(struct tb_core *c, const char *request_id, size_t id_len)
+{
+    struct tb_future *f = tb_future_find(c, request_id, id_len);
+    if (!f || f->phase == TB_PHASE_OVER || f->op->type != TB_OP_SAMPLE) return;
+    f->canceled = true;
+    if (f->phase == TB_PHASE_RUNNING) {
+        if (f->task) tb_engine_cancel(c->engine, f->task);
+    } else {
+        struct tb_error e;
+        tb_error_set(&e, TB_ECANCELED, "the client canceled it");
+        tb_future_fail(f, &e);
+    }
+    tb_core_leave(c);
+}
+
 /* ---- closing */
 
 void tb_core_drain(struct tb_core *c)
 {
     c->draining = true;
     tb_waiters_all_pending(c);
+    tb_feeds_all_pending(c);
 }
 
 static void core_free(struct tb_core *c)
@@ -211,9 +246,11 @@ static void core_free(struct tb_core *c)
         tb_future_destroy(v);
     while (!tb_list_empty(&c->sessions))
         tb_session_destroy(TB_LIST_ENTRY(c->sessions.next, struct tb_core_session, node));
-    TB_BUG_ON(c->model_map.n || c->sampler_map.n || c->versions.n || c->by_address.n);
-    struct tb_map *maps[] = {&c->session_map,  &c->model_map, &c->sampler_map, &c->future_map,
-                             &c->session_keys, &c->idem,      &c->versions,    &c->by_address};
+    TB_BUG_ON(c->model_map.n || c->sampler_map.n || c->versions.n || c->by_address.n ||
+              c->opened.n);
+    struct tb_map *maps[] = {&c->session_map, &c->model_map,    &c->sampler_map,
+                             &c->future_map,  &c->session_keys, &c->idem,
+                             &c->versions,    &c->by_address,   &c->opened};
     for (size_t i = 0; i < TB_ARRAY_LEN(maps); i++)
         tb_map_fini(maps[i]);
     void (*cb)(void *) = c->close_cb;
@@ -233,6 +270,7 @@ static void close_if_idle(struct tb_core *c)
     if (c->closed || c->n_async) return;
     c->closed = true;
     uv_close((uv_handle_t *)&c->wait_timer, handle_closed);
+    uv_close((uv_handle_t *)&c->feed_timer, handle_closed);
     uv_close((uv_handle_t *)&c->tick_timer, handle_closed);
 }
 

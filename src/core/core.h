@@ -14,8 +14,9 @@
  * id.
  *  - create_model and create-via-load are deduped by (session, model_seq_id); their model id is
  *    "{session}:train:{model_seq_id}"; ops may be submitted before the creation has finished.
- *  - Ephemeral sampler saves and create_sampling_session are deduped by (session,
- * sampling_session_seq_id); the sampler id is "{session}:sample:{n}".
+ *  - create_sampling_session is deduped by (session, sampling_session_seq_id), ephemeral sampler
+ *    saves as ops of their model. Some clients count the two apart, so neither finds the other's:
+ *    the sampler id is "{session}:sample:{n}", with another n when that id is taken.
  *  - request ids are deterministic: "{model_id}:{seq_id}", "{sampler_id}:{seq_id}",
  * "{model_id}:create".
  *
@@ -63,8 +64,9 @@ int tb_core_create_session(struct tb_core *c, const struct tb_session_params *p,
                            struct tb_error *err);
 /* TB_EGONE when it ended or is unknown (a restart). Renews the lease. */
 int tb_core_heartbeat(struct tb_core *c, const char *session_id, struct tb_error *err);
-/* First reason wins; repeating is fine. Waiting ops fail, running ones finish; memory is freed.
- * TB_ENOTFOUND for a session never known. */
+/* First reason wins; repeating is fine. Waiting ops fail, running ones finish; memory is freed. A
+ * session of before a restart has ended, so that is fine too; TB_ENOTFOUND for an id that cannot
+ * be one of ours. */
 int tb_core_finish_session(struct tb_core *c, const char *session_id, const char *reason,
                            const char *detail, struct tb_error *err);
 
@@ -105,6 +107,36 @@ void tb_core_unwait(struct tb_core *c,
 /* The face delivered the payload whole: starts the result's ttl. */
 void tb_core_delivered(struct tb_core *c, const char *request_id, size_t id_len);
 
+/* Gives up a sample: it fails with TB_ECANCELED soon. Anything else runs on. */
+void tb_core_cancel(struct tb_core *c, const char *request_id, size_t id_len);
+
+/* ---- feeds: what is over of one sampler, for clients that wait for many samples with one poll.
+ * A feed is of a (sampler, clone), clone = seq_id / TB_CLONE_BLOCK. Events have cursors 1, 2, ...;
+ * those up to a poll's `prev` are acknowledged and will not be told again. */
+#define TB_CLONE_BLOCK     1000000000LL
+#define TB_MAX_FEED_EVENTS 4096 /* in one answer */
+struct tb_feed_event {
+    const char *request_id;
+    const struct tb_op *op; /* op->error.code: it failed */
+};
+struct tb_core_feed;
+struct tb_feed_waiter {
+    struct tb_list node, deadline_node; /* core's, with the next two */
+    struct tb_core_feed *feed;
+    uint64_t prev, deadline_ms;
+    /* Called once: with events (borrowed during the call; none at the deadline) and the cursor of
+     * the last of them, or with an error: TB_EGONE, the sampler ended; TB_ENOTFOUND, no such id. */
+    void (*cb)(struct tb_feed_waiter *w, const struct tb_error *err,
+               const struct tb_feed_event *events, size_t n, uint64_t cursor);
+    void *arg;
+};
+/* timeout_ms is cut to the long poll's; 0: the answer comes from inside the call. */
+void tb_core_feed_wait(struct tb_core *c, const char *sampler_id, int64_t clone, uint64_t prev,
+                       uint64_t timeout_ms, struct tb_feed_waiter *w);
+void tb_core_feed_unwait(struct tb_core *c, struct tb_feed_waiter *w); /* cb is not called */
+/* The client has the payload and will not ask again: a sample's result is freed. */
+void tb_core_retrieved(struct tb_core *c, const char *request_id, size_t id_len);
+
 /* ---- models and samplers */
 struct tb_model_answer {
     const char *model_id, *base_model, *arch, *tokenizer_id,
@@ -125,6 +157,11 @@ typedef void (*tb_core_sampler_cb)(void *arg, const struct tb_error *err, const 
 void tb_core_create_sampling_session(struct tb_core *c, const struct tb_sampling_session_params *p,
                                      tb_core_sampler_cb cb, void *arg);
 
+/* A block of seq_ids for one more client of a sampler: 1, 2, ... TB_ENOTFOUND, or TB_EGONE for a
+ * sampler that ended. */
+int tb_core_join_sampling_session(struct tb_core *c, const char *sampler_id, int64_t *clone,
+                                  struct tb_error *err);
+
 struct tb_store *tb_core_store(struct tb_core *c);
 struct tb_engine *tb_core_engine(struct tb_core *c);
 
@@ -141,5 +178,12 @@ struct tb_core_stats {
     uint64_t submitted[TB_OP_N_TYPES], executed[TB_OP_N_TYPES], failed[TB_OP_N_TYPES];
 };
 void tb_core_stats(const struct tb_core *c, struct tb_core_stats *out);
+
+/* The engine's counters, for faces. */
+struct tb_compute_stats {
+    uint64_t train_tokens, prefill_tokens, decode_tokens, steps, tasks_waiting, tasks_running;
+    uint64_t busy_us;
+};
+void tb_core_compute_stats(const struct tb_core *c, struct tb_compute_stats *out);
 
 #endif

@@ -6,11 +6,13 @@
  *   session  models, samplers and futures of a client    session.c
  *   model    one queue ordered by seq_id                  model.c, weights.c
  *   sampler  a sampling session; versions of weights      sampler.c
+ *   feed     what is over of a sampler, for one poll      feed.c
  *
  * Callbacks are never made from the middle of a change: a future that is over goes to
- * core->resolved, the answer to who creates a sampling session to core->answers, and every way into
- * core (a call, a timer, a completion) ends with tb_core_leave, which calls them. So only there,
- * and in tb_core_wait, may foreign code come back in.
+ * core->resolved, its sampler's feed to core->changed, the answer to who creates a sampling session
+ * to core->answers, and every way into core (a call, a timer, a completion) ends with
+ * tb_core_leave, which calls them. So only there, and in tb_core_wait and tb_core_feed_wait, may
+ * foreign code come back in.
  *
  * Thread: the loop's. Nothing here has a lock.
  */
@@ -26,6 +28,7 @@
 #define TB_ANON_LEASE_FACTOR                                                                       \
     144 /* sessions of clients without heartbeats live this much longer                            \
          */
+#define TB_FIRST_SPARE   1000000000LL /* far from what clients count */
 #define TB_COMPACT_BYTES (64u * 1024) /* a training op this big is cut down to its result */
 
 struct tb_core_session {
@@ -35,7 +38,8 @@ struct tb_core_session {
     bool ended, anonymous;
     uint64_t seen_ms, lease_ms, ended_ms;
     struct tb_list futures, models, samplers;
-    size_t n_pending; /* futures not over */
+    size_t n_pending;   /* futures not over */
+    int64_t next_spare; /* sampler numbers for ids that are taken */
 };
 
 enum tb_phase {
@@ -57,11 +61,14 @@ struct tb_future {
     struct tb_core_sampler *sampler; /* while not over */
     struct tb_list in_queue;         /* of the model or sampler */
     int64_t seq;
-    bool canceled; /* the session ended while it ran */
+    bool canceled; /* the session ended while it ran, or its client gave it up */
 
     struct tb_task *task;                                 /* in the engine now */
     void (*step)(struct tb_future *f, struct tb_task *t); /* its end */
     uint64_t version_id;                                  /* of a publish */
+
+    struct tb_list in_feed; /* of its sampler, when over, until acknowledged */
+    uint64_t cursor;        /* its place there */
 
     struct tb_list waiters;     /* tb_waiter.node */
     struct tb_list in_resolved; /* over, waiters not called yet */
@@ -121,12 +128,24 @@ struct tb_core_target {
     struct tb_core_version *version;
 };
 
+/* What is over of a sampler's clone (a block of seq_ids), in the order of its end. */
+struct tb_core_feed {
+    struct tb_core *core;
+    struct tb_core_sampler *sampler; /* NULL: it has ended */
+    struct tb_list in_sampler, in_changed;
+    int64_t clone;
+    uint64_t cursor;        /* of the latest event */
+    struct tb_list events;  /* tb_future.in_feed, not acknowledged */
+    struct tb_list waiters; /* tb_feed_waiter.node */
+};
+
 struct tb_core_sampler {
     struct tb_core *core;
     struct tb_core_session *session;
     struct tb_list in_session, in_version;
     char *id, *base_model, *model_path;
-    char *key; /* in core->by_address, for clients that name no sampling session */
+    char *key;    /* in core->by_address, for clients that name no sampling session */
+    char *opened; /* in core->opened, for those of create_sampling_session */
     int engine_model;
     struct tb_core_version *version; /* NULL: the base model, or not known yet, or target */
     struct tb_core_target *target;
@@ -135,7 +154,8 @@ struct tb_core_sampler {
     size_t n_pending;
     struct tb_list waiting;  /* futures */
     struct tb_list creators; /* struct creator: who waits for the row */
-    int64_t next_label;
+    struct tb_list feeds;
+    int64_t next_label, next_clone;
     uint64_t used_ms;
 };
 
@@ -150,6 +170,7 @@ struct tb_core {
     struct tb_map idem;       /* scope and idempotency key → future */
     struct tb_map versions;   /* checkpoint path → version */
     struct tb_map by_address; /* base model or path → sampler */
+    struct tb_map opened;     /* session and sampling_session_seq_id → sampler */
     struct tb_list sessions;
     struct tb_core_session *anonymous; /* of samplers addressed without a session */
 
@@ -157,13 +178,15 @@ struct tb_core {
     struct tb_list unread, read; /* futures over, by expiry */
     struct tb_list resolved;     /* futures over, waiters not called yet */
     struct tb_list answers;      /* to those who create sampling sessions */
+    struct tb_list changed;      /* feeds whose waiters are to be called */
+    struct tb_list feed_waiters; /* tb_feed_waiter.deadline_node, earliest first */
     bool leaving;
     size_t queued_bytes, held_bytes;
     uint64_t next_adapter, next_version, next_anonymous;
     struct tb_core_stats stats;
     char scratch[TB_ID_BYTES];
 
-    uv_timer_t wait_timer, tick_timer;
+    uv_timer_t wait_timer, feed_timer, tick_timer;
     size_t n_async; /* engine tasks and store calls that will call back */
     bool draining, closing, closed;
     int open_handles;
@@ -198,11 +221,19 @@ void tb_futures_expire(struct tb_core *c, uint64_t now_ms);
 void tb_waiters_all_pending(struct tb_core *c);
 void tb_wait_timer(uv_timer_t *t);
 bool tb_request_id_well_formed(const char *id, size_t n);
+bool tb_sampler_id_well_formed(const char *id);
+
+/* ---- feed.c */
+void tb_feed_add(struct tb_core_sampler *sp, struct tb_future *f); /* f is over */
+void tb_feeds_end(struct tb_core_sampler *sp);
+void tb_feeds_answer(struct tb_core *c);
+void tb_feeds_all_pending(struct tb_core *c);
 
 /* ---- session.c */
 struct tb_core_session *tb_session_create(struct tb_core *c, const struct tb_session_params *p,
                                           bool anonymous);
 struct tb_core_session *tb_session_find(const struct tb_core *c, const char *id); /* live or NULL */
+bool tb_session_id_well_formed(const char *id, size_t n);
 void tb_session_seen(struct tb_core_session *s);
 void tb_session_end(struct tb_core_session *s, const char *status, const char *reason,
                     const char *detail, const char *message);
@@ -236,6 +267,8 @@ bool tb_weights_is_ephemeral(const struct tb_op *op);
 
 /* ---- sampler.c */
 struct tb_core_sampler *tb_sampler_find(const struct tb_core *c, const char *id);
+/* "{session}:sample:{n}", or with a spare number when that id is taken. */
+void tb_sampler_free_id(struct tb_core_session *s, int64_t n, char out[TB_ID_BYTES]);
 int tb_sampler_submit(struct tb_core *c, struct tb_op *op, struct tb_ticket *out, bool *kept,
                       struct tb_error *err);
 /* A sampler of a published version; takes one reference of v, or of t when t is not NULL. */

@@ -49,6 +49,7 @@ struct tb_future *tb_future_create(struct tb_core *c, const char *id, struct tb_
     f->seq = op->seq_id;
     op->owner = f;
     tb_list_init(&f->in_queue);
+    tb_list_init(&f->in_feed);
     tb_list_init(&f->waiters);
     tb_list_init(&f->in_resolved);
     tb_list_init(&f->in_expiry);
@@ -68,6 +69,7 @@ void tb_future_destroy(struct tb_future *f)
     tb_map_del(&c->future_map, f->id, strlen(f->id));
     if (f->idem) tb_map_del(&c->idem, f->idem, strlen(f->idem));
     tb_list_del(&f->in_session);
+    tb_list_del(&f->in_feed);
     tb_list_del(&f->in_expiry);
     tb_list_del(&f->in_resolved);
     c->held_bytes -= f->held_bytes;
@@ -183,6 +185,7 @@ void tb_future_finish(struct tb_future *f)
 {
     struct tb_core *c = f->core;
     TB_BUG_ON(f->phase == TB_PHASE_OVER || f->task);
+    struct tb_core_sampler *sp = f->sampler;
     leave_queues(f);
     f->phase = TB_PHASE_OVER;
     f->state = f->op->error.code ? TB_FUTURE_FAILED : TB_FUTURE_DONE;
@@ -198,7 +201,8 @@ void tb_future_finish(struct tb_future *f)
     f->held_bytes = f->op->arena.total;
     c->held_bytes += f->held_bytes;
     f->session->n_pending--;
-    keep_until(f, f->session->ended);
+    keep_until(f, f->session->ended || f->canceled);
+    if (sp) tb_feed_add(sp, f);
     tb_list_push(&c->resolved, &f->in_resolved);
     bound_held(c);
 }
@@ -259,13 +263,8 @@ static bool all_digits(const char *p, size_t n)
 /* sess-XXXXXXXXXXXXXXXX:train:N:create, ...:train:N:M or ...:sample:N:M */
 bool tb_request_id_well_formed(const char *id, size_t n)
 {
-    static const char lead[] = "sess-";
-    const size_t nl = sizeof(lead) - 1, ns = nl + TB_SESSION_ID_CHARS;
-    if (n <= ns || memcmp(id, lead, nl) != 0 || id[ns] != ':') return false;
-    for (size_t i = nl; i < ns; i++) {
-        bool ok = (id[i] >= '0' && id[i] <= '9') || (id[i] >= 'a' && id[i] <= 'z');
-        if (!ok) return false;
-    }
+    const size_t ns = sizeof("sess-") - 1 + TB_SESSION_ID_CHARS;
+    if (n <= ns || !tb_session_id_well_formed(id, ns)) return false;
     const char *part[3], *p = id + ns, *end = id + n;
     size_t len[3];
     for (int i = 0; i < 3; i++) {
@@ -280,6 +279,14 @@ bool tb_request_id_well_formed(const char *id, size_t n)
     bool train = tb_span_eq(kind, "train");
     if (!train && !tb_span_eq(kind, "sample")) return false;
     return all_digits(last.p, last.n) || (train && tb_span_eq(last, "create"));
+}
+
+bool tb_sampler_id_well_formed(const char *id)
+{
+    char req[TB_ID_BYTES];
+    int n = snprintf(req, sizeof(req), "%s:0", id ? id : "");
+    return n > 0 && (size_t)n < sizeof(req) && strstr(req, ":sample:") &&
+           tb_request_id_well_formed(req, (size_t)n);
 }
 
 static void pending_answer(struct tb_waiter *w, const struct tb_future *f)

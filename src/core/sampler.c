@@ -153,9 +153,17 @@ static struct tb_core_sampler *sampler_new(struct tb_core_session *s, const char
     tb_list_init(&sp->in_version);
     tb_list_init(&sp->waiting);
     tb_list_init(&sp->creators);
+    tb_list_init(&sp->feeds);
     tb_list_push(&s->samplers, &sp->in_session);
     tb_map_put(&s->core->sampler_map, sp->id, strlen(sp->id), sp);
     return sp;
+}
+
+void tb_sampler_free_id(struct tb_core_session *s, int64_t n, char out[TB_ID_BYTES])
+{
+    snprintf(out, TB_ID_BYTES, "%s:sample:%lld", s->id, (long long)n);
+    while (tb_sampler_find(s->core, out))
+        snprintf(out, TB_ID_BYTES, "%s:sample:%lld", s->id, (long long)s->next_spare++);
 }
 
 static void sampler_put_row(const struct tb_core_sampler *sp)
@@ -236,6 +244,14 @@ static void sampler_unkey(struct tb_core_sampler *sp)
     sp->key = NULL;
 }
 
+static void sampler_unopen(struct tb_core_sampler *sp)
+{
+    if (!sp->opened) return;
+    tb_map_del(&sp->core->opened, sp->opened, strlen(sp->opened));
+    tb_free(sp->opened);
+    sp->opened = NULL;
+}
+
 /* Takes the sampler out of every table; it is freed when nothing of it runs. Its struct may be gone
  * on return. */
 static void sampler_close(struct tb_core_sampler *sp, const struct tb_error *e)
@@ -246,6 +262,8 @@ static void sampler_close(struct tb_core_sampler *sp, const struct tb_error *e)
     tb_list_del(&sp->in_session);
     tb_list_del(&sp->in_version);
     sampler_unkey(sp);
+    sampler_unopen(sp);
+    tb_feeds_end(sp);
     tb_version_put(sp->version);
     tb_target_put(sp->target);
     sp->version = NULL;
@@ -344,18 +362,21 @@ void tb_core_create_sampling_session(struct tb_core *c, const struct tb_sampling
         return;
     }
     tb_session_seen(s);
-    char id[TB_ID_BYTES];
-    snprintf(id, sizeof(id), "%s:sample:%lld", s->id, (long long)p->seq_id);
-    struct tb_core_sampler *sp = tb_sampler_find(c, id);
+    char id[TB_ID_BYTES], key[TB_ID_BYTES];
+    int nk = snprintf(key, sizeof(key), "%s %lld", s->id, (long long)p->seq_id);
+    struct tb_core_sampler *sp = tb_map_get(&c->opened, key, (size_t)nk);
     if (!sp) {
+        tb_sampler_free_id(s, p->seq_id, id);
         sp = sampler_new(s, id);
+        sp->opened = tb_strdup(key);
+        tb_map_put(&c->opened, sp->opened, (size_t)nk, sp);
         if (p->base_model)
             sampler_open_base(sp, engine_model, p->base_model);
         else
             sampler_open_path(sp, p->model_path);
     }
     if (!sp->looking) {
-        cb(arg, &err, id);
+        cb(arg, &err, sp->id);
         return;
     }
     struct creator *w = tb_calloc(1, sizeof(*w));

@@ -22,6 +22,7 @@ struct tb_core_session *tb_session_create(struct tb_core *c, const struct tb_ses
     if (anonymous && __builtin_mul_overflow(s->lease_ms, TB_ANON_LEASE_FACTOR, &s->lease_ms))
         s->lease_ms = UINT64_MAX;
     s->seen_ms = tb_clock_ms();
+    s->next_spare = TB_FIRST_SPARE;
     tb_list_init(&s->futures);
     tb_list_init(&s->models);
     tb_list_init(&s->samplers);
@@ -72,6 +73,18 @@ struct tb_core_session *tb_session_find(const struct tb_core *c, const char *id)
 {
     struct tb_core_session *s = find_any(c, id);
     return s && !s->ended ? s : NULL;
+}
+
+bool tb_session_id_well_formed(const char *id, size_t n)
+{
+    static const char lead[] = "sess-";
+    const size_t nl = sizeof(lead) - 1;
+    if (n != nl + TB_SESSION_ID_CHARS || memcmp(id, lead, nl) != 0) return false;
+    for (size_t i = nl; i < n; i++) {
+        bool ok = (id[i] >= '0' && id[i] <= '9') || (id[i] >= 'a' && id[i] <= 'z');
+        if (!ok) return false;
+    }
+    return true;
 }
 
 void tb_session_seen(struct tb_core_session *s)
@@ -126,6 +139,8 @@ int tb_core_finish_session(struct tb_core *c, const char *session_id, const char
                            const char *detail, struct tb_error *err)
 {
     struct tb_core_session *s = find_any(c, session_id);
+    /* not in memory, but an id of ours: it ended with a restart, or long ago */
+    if (!s && session_id && tb_session_id_well_formed(session_id, strlen(session_id))) return 0;
     if (!s)
         return tb_error_set(err, TB_ENOTFOUND, "there is no session '%s'",
                             session_id ? session_id : "");

@@ -142,15 +142,7 @@ static void published(struct tb_future *f, struct tb_task *t)
         return;
     }
     char id[TB_ID_BYTES];
-    snprintf(id, sizeof(id), "%s:sample:%lld", m->session->id,
-             (long long)op->u.save_weights.sampling_session_seq_id);
-    if (tb_sampler_find(f->core, id)) {
-        tb_version_put(v);
-        struct tb_error used;
-        tb_error_set(&used, TB_EEXIST, "sampling session %s exists already", id);
-        fail(f, &used);
-        return;
-    }
+    tb_sampler_free_id(m->session, op->u.save_weights.sampling_session_seq_id, id);
     struct tb_core_target *target = op->u.save_weights.inflight ? target_update(m, v) : NULL;
     tb_sampler_publish(m, id, target ? NULL : v, target);
     op->result.sampling_session_id = tb_arena_strdup(&op->arena, id);

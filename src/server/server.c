@@ -185,6 +185,7 @@ int tb_server_create(tb_server_t **out, uv_loop_t *loop, const tb_options_t *o,
     if ((rc = create_api(s, o, &err))) goto fail;
     struct tb_http_options ho = {.max_body = (size_t)o->max_body};
     if ((rc = tb_http_server_create(&s->http, loop, &ho, tb_api_handle, s->api, &err))) goto fail;
+    tb_api_set_http(s->api, s->http);
     if ((rc = uv_timer_init(loop, &s->sweep))) {
         tb_error_set(&err, rc, "cannot create a timer: %s", uv_strerror(rc));
         goto fail;

@@ -15,6 +15,12 @@ static void put_gauge(struct tb_buf *b, const char *name, const char *help, uint
     tb_buf_printf(b, "tinkerbell_%s %llu\n", name, (unsigned long long)v);
 }
 
+static void put_counter(struct tb_buf *b, const char *name, const char *help, uint64_t v)
+{
+    put_type(b, name, "counter", help);
+    tb_buf_printf(b, "tinkerbell_%s %llu\n", name, (unsigned long long)v);
+}
+
 static void put_by_type(struct tb_buf *b, const char *name, const char *help,
                         const uint64_t v[TB_OP_N_TYPES])
 {
@@ -22,6 +28,34 @@ static void put_by_type(struct tb_buf *b, const char *name, const char *help,
     for (int t = 0; t < TB_OP_N_TYPES; t++)
         tb_buf_printf(b, "tinkerbell_%s{type=\"%s\"} %llu\n", name,
                       tb_op_type_name((enum tb_op_type)t), (unsigned long long)v[t]);
+}
+
+static void put_http(struct tb_buf *b, const struct tb_http_server *server)
+{
+    struct tb_http_stats s = {0};
+    tb_http_server_stats(server, &s);
+    put_gauge(b, "http_connections", "Open connections.", s.connections_open);
+    put_gauge(b, "http_requests", "Requests without an answer yet.", s.requests_open);
+    put_counter(b, "http_connections_total", "Connections accepted.", s.connections_total);
+    put_counter(b, "http_requests_total", "Requests received.", s.requests_total);
+    put_counter(b, "http_received_bytes_total", "Bytes read from clients.", s.bytes_in);
+    put_counter(b, "http_sent_bytes_total", "Bytes written to clients.", s.bytes_out);
+}
+
+static void put_compute(struct tb_buf *b, const struct tb_core *core)
+{
+    struct tb_compute_stats s = {0};
+    tb_core_compute_stats(core, &s);
+    put_gauge(b, "tasks_waiting", "Tasks that the models have not begun.", s.tasks_waiting);
+    put_gauge(b, "tasks_running", "Tasks being computed.", s.tasks_running);
+    put_counter(b, "train_tokens_total", "Tokens of training passes.", s.train_tokens);
+    put_counter(b, "prefill_tokens_total", "Tokens of prompts computed.", s.prefill_tokens);
+    put_counter(b, "decode_tokens_total", "Tokens sampled.", s.decode_tokens);
+    put_counter(b, "steps_total", "Passes through a model.", s.steps);
+    put_type(b, "busy_seconds_total", "counter", "Time spent computing, summed over models.");
+    tb_buf_printf(b, "tinkerbell_busy_seconds_total %llu.%06llu\n",
+                  (unsigned long long)(s.busy_us / 1000000),
+                  (unsigned long long)(s.busy_us % 1000000));
 }
 
 static void metrics(struct tb_api *a, struct tb_http_request *req, const struct tb_route_match *m)
@@ -43,6 +77,8 @@ static void metrics(struct tb_api *a, struct tb_http_request *req, const struct 
     put_by_type(&b, "ops_submitted_total", "Requests taken, by type.", s.submitted);
     put_by_type(&b, "ops_executed_total", "Requests that ran, by type.", s.executed);
     put_by_type(&b, "ops_failed_total", "Requests that failed, by type.", s.failed);
+    put_compute(&b, tb_api_core(a));
+    if (a->http) put_http(&b, a->http);
     size_t n;
     char *p = tb_buf_steal(&b, &n);
     tb_http_respond_owned(req, 200, "text/plain; version=0.0.4; charset=utf-8", p, n, tb_free, p,

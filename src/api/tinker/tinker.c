@@ -24,7 +24,9 @@
 
 static const struct tb_route ROUTES[] = {
     POST(V1 "retrieve_future", tb_tinker_retrieve_future),
+    POST(V1 "retrieve_futures", tb_tinker_retrieve_futures),
     POST(V1 "asample", tb_tinker_asample),
+    POST(V1 "cancel_future", tb_tinker_cancel_future),
     POST(V1 "forward_backward", tb_tinker_forward_backward),
     POST(V1 "forward", tb_tinker_forward),
     POST(V1 "optim_step", tb_tinker_optim_step),
@@ -53,6 +55,7 @@ static const struct tb_route ROUTES[] = {
     POST(V1 "weights_info", tb_tinker_weights_info),
 
     POST(V1 "create_sampling_session", tb_tinker_create_sampling_session),
+    POST(V1 "join_sampling_session", tb_tinker_join_sampling_session),
     GET(V1 "samplers/{}", tb_tinker_get_sampler),
 
     GET(V1 "training_runs", tb_tinker_list_runs),

@@ -124,8 +124,11 @@ TB_HANDLER(tb_tinker_weights_info);
 TB_HANDLER(tb_tinker_create_sampling_session); /* sample.c */
 TB_HANDLER(tb_tinker_get_sampler);
 TB_HANDLER(tb_tinker_asample);
-TB_HANDLER(tb_tinker_retrieve_future); /* future.c */
-TB_HANDLER(tb_tinker_list_runs);       /* rest.c */
+TB_HANDLER(tb_tinker_retrieve_future);  /* future.c */
+TB_HANDLER(tb_tinker_retrieve_futures); /* batch.c */
+TB_HANDLER(tb_tinker_cancel_future);
+TB_HANDLER(tb_tinker_join_sampling_session);
+TB_HANDLER(tb_tinker_list_runs); /* rest.c */
 TB_HANDLER(tb_tinker_get_run);
 TB_HANDLER(tb_tinker_run_checkpoints);
 TB_HANDLER(tb_tinker_list_checkpoints);

@@ -12,6 +12,11 @@
 #include "util/mem.h"
 
 struct tb_core {
+    struct tb_feed_waiter *feed; /* a poll that waits */
+    int64_t feed_clone;
+    uint64_t feed_prev, feed_timeout;
+    int n_feed_unwaits;
+    char canceled[64], retrieved[256]; /* the last id; all ids */
     struct tb_store *store;
     struct tb_op *op; /* the last one submitted */
     int n_submitted, n_sessions, n_waits, n_unwaits, n_delivered;
@@ -108,6 +113,52 @@ void tb_core_create_sampling_session(struct tb_core *c, const struct tb_sampling
     if (p->base_model && strcmp(p->base_model, "tiny"))
         tb_error_set(&e, TB_EINVAL, "no base model %s", p->base_model);
     cb(arg, &e, "sess-1:sample:1");
+}
+
+void tb_core_cancel(struct tb_core *c, const char *id, size_t n)
+{
+    snprintf(c->canceled, sizeof(c->canceled), "%.*s", (int)n, id);
+}
+
+void tb_core_feed_wait(struct tb_core *c, const char *sampler, int64_t clone, uint64_t prev,
+                       uint64_t timeout_ms, struct tb_feed_waiter *w)
+{
+    c->feed_clone = clone;
+    c->feed_prev = prev;
+    c->feed_timeout = timeout_ms;
+    struct tb_error e = {0};
+    if (strcmp(sampler, "sess-1:sample:1")) tb_error_set(&e, TB_EGONE, "no sampler %s", sampler);
+    if (e.code || timeout_ms == 0)
+        w->cb(w, &e, NULL, 0, prev);
+    else
+        c->feed = w;
+}
+
+void tb_core_feed_unwait(struct tb_core *c, struct tb_feed_waiter *w)
+{
+    (void)w;
+    c->n_feed_unwaits++;
+    c->feed = NULL;
+}
+
+void tb_core_retrieved(struct tb_core *c, const char *id, size_t n)
+{
+    size_t at = strlen(c->retrieved);
+    snprintf(c->retrieved + at, sizeof(c->retrieved) - at, "%.*s ", (int)n, id);
+}
+
+int tb_core_join_sampling_session(struct tb_core *c, const char *sampler, int64_t *clone,
+                                  struct tb_error *err)
+{
+    (void)c;
+    *clone = 7;
+    return strcmp(sampler, "sess-1:sample:1") ? tb_error_set(err, TB_EGONE, "no %s", sampler) : 0;
+}
+
+void tb_core_compute_stats(const struct tb_core *c, struct tb_compute_stats *out)
+{
+    (void)c;
+    *out = (struct tb_compute_stats){.decode_tokens = 11, .busy_us = 2500000};
 }
 
 struct tb_store *tb_core_store(struct tb_core *c)

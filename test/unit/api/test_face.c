@@ -153,6 +153,7 @@ static int set_up(void **state)
     assert_int_equal(tb_api_create(&api, &loop, &fake, &ao, &e), 0);
     struct tb_http_options ho = {.max_body = 64 << 20};
     if (tb_http_server_create(&http, &loop, &ho, tb_api_handle, api, &e)) fail_msg("%s", e.msg);
+    tb_api_set_http(api, http);
     return 0;
 }
 
@@ -233,6 +234,10 @@ static void test_keys(void **state)
     call_with(TB_HTTP_GET, "/metrics", NULL, 0, NULL, 0);
     expect_part(200, "tinkerbell_ops_submitted_total{type=\"sample\"} 3\n");
     expect_part(200, "tinkerbell_info{version=\"9.9\"} 1\n");
+    expect_part(
+        200, "# TYPE tinkerbell_decode_tokens_total counter\ntinkerbell_decode_tokens_total 11\n");
+    expect_part(200, "tinkerbell_busy_seconds_total 2.500000\n");
+    expect_part(200, "# HELP tinkerbell_http_requests_total ");
 }
 
 static void own_route(void *arg, struct tb_http_request *req)
@@ -265,9 +270,9 @@ static void test_config(void **state)
     expect_part(200, "\"proto_write_fwdbwd\":true");
     expect_part(200, "\"proto_compress_fwdbwd\":false");
     expect_part(200, "\"fwdbwd_max_chunk_bytes_count\":16777216"); /* a quarter of max_body */
-    expect_part(200, "\"sample_use_retrieve_futures\":false");
+    expect_part(200, "\"sample_use_retrieve_futures\":true");
     post("client/dynamic_config", "{\"sdk_version\":\"0.38.0\"}");
-    expect_part(200, "\"sample_cancel_enabled\":false");
+    expect_part(200, "\"sample_cancel_enabled\":true");
     get("get_server_capabilities");
     expect(
         200,
@@ -694,6 +699,61 @@ static void test_archive(void **state)
         uv_run(&loop, UV_RUN_NOWAIT);
 }
 
+static void test_batch(void **state)
+{
+    (void)state;
+    post("retrieve_futures",
+         "{\"target\":{\"type\":\"sampling_session\",\"sampling_session_id\":\"sess-1:sample:1\","
+         "\"cloned_sampler_id\":3},\"prev_cursor\":5,\"timeout\":0.0,"
+         "\"retrieved_request_ids\":[\"sess-1:sample:1:4\",\"sess-1:sample:10:1\"]}");
+    expect(200, "{\"completions\":[],\"cursor\":5}");
+    assert_int_equal(fake.feed_clone, 3);
+    assert_int_equal(fake.feed_prev, 5);
+    assert_int_equal(fake.feed_timeout, 0);
+    assert_string_equal(fake.retrieved, "sess-1:sample:1:4 ");
+
+    static const char held[] =
+        "{\"target\":{\"type\":\"sampling_session\",\"sampling_session_id\":\"sess-1:sample:1\"},"
+        "\"timeout\":null}";
+    send_call(TB_HTTP_POST, "/api/v1/retrieve_futures", &KEY, 1, held, sizeof(held) - 1);
+    RUN_UNTIL(&loop, fake.feed);
+    assert_false(last.done);
+    assert_true(fake.feed_timeout > 60000);
+    struct tb_op *ok = tb_op_create(TB_OP_SAMPLE), *bad = tb_op_create(TB_OP_SAMPLE);
+    struct tb_sequence seq = {.n = 10};
+    ok->result.n_sequences = 1;
+    ok->result.sequences = &seq;
+    tb_error_set(&bad->error, TB_ECANCELED, "no");
+    struct tb_feed_event ev[] = {{"a", ok}, {"b", bad}};
+    struct tb_error none = {0};
+    fake.feed->cb(fake.feed, &none, ev, 2, 9);
+    RUN_UNTIL(&loop, last.done);
+    expect(200, "{\"completions\":[{\"state\":\"finished\",\"request_id\":\"a\","
+                "\"response_payload_uncompressed_size\":112},"
+                "{\"state\":\"failed\",\"request_id\":\"b\"}],\"cursor\":9}");
+    tb_op_destroy(ok);
+    tb_op_destroy(bad);
+    fake.feed = NULL;
+
+    post("retrieve_futures", "{\"target\":{\"type\":\"sampling_session\","
+                             "\"sampling_session_id\":\"sess-1:sample:2\"}}");
+    expect_part(410, "no sampler sess-1:sample:2");
+    post("retrieve_futures", "{\"target\":{\"type\":\"model\",\"sampling_session_id\":\"x\"}}");
+    expect_part(400, "is not \\\"sampling_session\\\"");
+    post("retrieve_futures", "{}");
+    expect_part(400, "target");
+
+    post("cancel_future", "{\"request_id\":\"sess-1:sample:1:7\"}");
+    expect(200, "{}");
+    assert_string_equal(fake.canceled, "sess-1:sample:1:7");
+    post("cancel_future", "{\"request_id\":\"nonsense\"}");
+    expect(200, "{}");
+    post("join_sampling_session", "{\"sampling_session_id\":\"sess-1:sample:1\"}");
+    expect(200, "{\"client_counter\":7,\"type\":\"join_sampling_session\"}");
+    post("join_sampling_session", "{\"sampling_session_id\":\"gone\"}");
+    expect_part(410, "no gone");
+}
+
 int main(void)
 {
 #define T(f) cmocka_unit_test_setup_teardown(f, set_up, tear_down)
@@ -709,6 +769,7 @@ int main(void)
         T(test_future_forms),
         cmocka_unit_test_setup_teardown(test_future_pending, set_up, tear_down_unwaited),
         T(test_future_metadata),
+        T(test_batch),
         T(test_sampling_sessions),
         T(test_runs),
         T(test_checkpoints),

@@ -117,13 +117,21 @@ static void test_ephemeral(void **state)
     assert_int_equal(sample(e, a.sampler, 0), fake_next_param(fake_next_param(0, 5), 9));
     assert_int_equal(sample(e, want, 1), fake_next_param(0, 5));
     assert_int_equal(fake_versions(e->engine), 2);
-    /* the number is shared with create_sampling_session */
+    /* clients that count create_sampling_session apart, or by model, find nobody else's sampler */
     struct opened o = open_sampler(e, e->session, 1, "m0", NULL);
-    assert_string_equal(o.id, a.sampler);
+    assert_int_equal(o.code, 0);
+    assert_string_not_equal(o.id, a.sampler);
+    snprintf(want, sizeof(want), "%s:sample:", e->session);
+    assert_memory_equal(o.id, want, strlen(want));
+    assert_string_equal(open_sampler(e, e->session, 1, "m0", NULL).id, o.id);
+    assert_int_equal(sample(e, o.id, 0), -1); /* the base model */
     must_submit(e, op_publish(id, 7, 1, false), r);
-    assert_int_equal(result(e, r).err.code, TB_EEXIST);
+    struct waited b = result(e, r);
+    assert_int_equal(b.state, TB_FUTURE_DONE);
+    assert_string_not_equal(b.sampler, a.sampler);
+    assert_string_not_equal(b.sampler, o.id);
     settle(e);
-    assert_int_equal(fake_versions(e->engine), 2);
+    assert_int_equal(fake_versions(e->engine), 3);
     tb_core_finish_session(e->core, e->session, "success", NULL, NULL);
     settle(e);
     assert_int_equal(fake_versions(e->engine), 0);
