@@ -5,8 +5,8 @@
  * finished task to a list; uv_async wakes the loop, which calls the tasks' callbacks.
  *
  * A task is a small struct that core/ makes for an op (or a part of one: saving is export, then the
- * store writes). Adapters and published versions are named by ids that core/ chooses, so the loop
- * never holds a pointer into a lane.
+ * store writes). Adapters, published versions and custom losses are named by ids that core/
+ * chooses, so the loop never holds a pointer into a lane.
  *
  * Order: tasks on one adapter run in the order submitted. Tasks of different adapters, and samples,
  * are independent. Errors: task->op->error for tasks with an op, else task->error; a failed task
@@ -33,12 +33,14 @@ enum tb_task_type {
     TB_TASK_ADAPTER_CREATE, /* adapter_id, lora → */
     TB_TASK_ADAPTER_LOAD, /* adapter_id, state, with_optimizer, create → (create: new adapter) */
     TB_TASK_ADAPTER_FREE, /* adapter_id */
-    TB_TASK_TRAIN,        /* adapter_id, op FORWARD | FORWARD_BACKWARD */
+    TB_TASK_TRAIN,        /* adapter_id, op FORWARD | FORWARD_BACKWARD, loss_id (0 = none) */
     TB_TASK_OPTIM,        /* adapter_id, op OPTIM_STEP */
     TB_TASK_EXPORT,       /* adapter_id, with_optimizer → state */
     TB_TASK_PUBLISH,      /* adapter_id, version_id: the adapter's weights become that version */
     TB_TASK_VERSION_LOAD, /* version_id, state: a version from a checkpoint */
     TB_TASK_VERSION_FREE, /* version_id; samples in progress keep it alive */
+    TB_TASK_LOSS_CREATE,  /* loss_id, op CREATE_CUSTOM_LOSS */
+    TB_TASK_LOSS_FREE,    /* loss_id; training ops submitted before keep it alive */
     TB_TASK_SAMPLE,       /* version_id (0 = base model), op SAMPLE */
 };
 
@@ -46,7 +48,7 @@ struct tb_task {
     struct tb_list node; /* engine's while submitted */
     enum tb_task_type type;
     int model; /* index of the base model, tb_engine_model_find */
-    uint64_t adapter_id, version_id;
+    uint64_t adapter_id, version_id, loss_id;
     struct tb_lora_config lora;
     bool with_optimizer, create;
     struct tb_adapter_state
@@ -59,6 +61,7 @@ struct tb_task {
     /* engine's */
     bool canceled;
     struct tb_sampling *sampling;
+    struct lane_loss *loss;
     uint64_t submitted_ms;
 };
 

@@ -50,6 +50,7 @@ static void lane_on_closed(uv_handle_t *h)
     tb_mailbox_fini(&l->outbox);
     tb_map_fini(&l->adapters);
     tb_map_fini(&l->versions);
+    tb_map_fini(&l->losses);
     void (*cb)(void *) = l->closed_cb;
     void *arg = l->closed_arg;
     tb_free(l);
@@ -102,6 +103,7 @@ int lane_create(struct tb_lane **out, uv_loop_t *loop, struct tb_backend *be,
     l->async_open = true;
     tb_map_init(&l->adapters);
     tb_map_init(&l->versions);
+    tb_map_init(&l->losses);
     tb_list_init(&l->ready);
     tb_list_init(&l->samples);
     l->be = be;

@@ -33,6 +33,13 @@ struct lane_version {
     struct tb_adapter_version *version;
 };
 
+/* A custom loss; a reference for the map and one for each training task that uses it. */
+struct lane_loss {
+    uint64_t id;
+    int refs;
+    struct tb_graph *graph;
+};
+
 struct lane_stats {
     _Atomic uint64_t tasks_done[TB_TASK_SAMPLE + 1];
     _Atomic uint64_t train_tokens, sample_rows, decode_tokens, steps, busy_us;
@@ -61,6 +68,7 @@ struct tb_lane {
     /* worker */
     struct tb_map adapters; /* id → lane_adapter */
     struct tb_map versions; /* id → lane_version */
+    struct tb_map losses;   /* id → lane_loss */
     struct tb_list ready;   /* lane_adapter with tasks */
     struct tb_list samples; /* struct tb_task in progress */
     size_t n_samples;

@@ -14,6 +14,7 @@
 #include <string.h>
 
 #include "engine/lane.h"
+#include "model/custom/graph.h"
 #include "util/clock.h"
 #include "util/log.h"
 #include "util/mem.h"
@@ -27,8 +28,17 @@
 
 #define KEY(id) (const char *)&(id), sizeof(id)
 
+static void loss_unref(struct lane_loss *loss)
+{
+    if (!loss || --loss->refs) return;
+    tb_graph_destroy(loss->graph);
+    tb_free(loss);
+}
+
 static void finish(struct tb_lane *l, struct tb_task *t)
 {
+    loss_unref(t->loss);
+    t->loss = NULL;
     atomic_fetch_sub_explicit(&l->stats.waiting, 1, memory_order_relaxed);
     lane_post_done(l, t);
 }
@@ -95,8 +105,28 @@ static void take_version(struct tb_lane *l, struct tb_task *t)
     finish(l, t);
 }
 
+static void take_loss(struct tb_lane *l, struct tb_task *t)
+{
+    if (t->type == TB_TASK_LOSS_CREATE) {
+        const struct tb_create_custom_loss *c = &t->op->u.create_custom_loss;
+        struct tb_graph *graph;
+        if (!tb_graph_create(&graph, c->text, c->n_text, &t->op->error)) {
+            struct lane_loss *loss = tb_calloc(1, sizeof(*loss));
+            *loss = (struct lane_loss){.id = t->loss_id, .refs = 1, .graph = graph};
+            loss_unref(tb_map_put(&l->losses, KEY(loss->id), loss));
+        }
+    } else {
+        loss_unref(tb_map_del(&l->losses, KEY(t->loss_id)));
+    }
+    finish(l, t);
+}
+
 static void take_adapter_task(struct tb_lane *l, struct tb_task *t)
 {
+    if (t->loss_id) { /* held until the task is done: its session may end before */
+        t->loss = tb_map_get(&l->losses, KEY(t->loss_id));
+        if (t->loss) t->loss->refs++;
+    }
     struct lane_adapter *a = tb_map_get(&l->adapters, KEY(t->adapter_id));
     if (!a) {
         a = tb_calloc(1, sizeof(*a));
@@ -126,6 +156,8 @@ static void take_inbox(struct tb_lane *l)
         case TB_TASK_SAMPLE: take_sample(l, t); break;
         case TB_TASK_VERSION_LOAD:
         case TB_TASK_VERSION_FREE: take_version(l, t); break;
+        case TB_TASK_LOSS_CREATE:
+        case TB_TASK_LOSS_FREE: take_loss(l, t); break;
         default: take_adapter_task(l, t); break;
         }
     }
@@ -248,6 +280,7 @@ static int plan_pass(struct tb_lane *l, struct tb_train_item *items, struct tb_t
             model = a->model;
             items[n].adapter = a->adapter;
             items[n].op = t->op;
+            items[n].graph = t->loss ? t->loss->graph : NULL;
             tasks[n++] = t;
             *n_tokens += tokens;
             more = true;
@@ -424,4 +457,7 @@ void lane_free_state(struct tb_lane *l)
         tb_version_unref(v->version);
         tb_free(v);
     }
+    it = 0;
+    while (tb_map_next(&l->losses, &it, &key, &len, &value))
+        loss_unref(value);
 }

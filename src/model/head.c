@@ -11,6 +11,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "model/custom/graph.h"
 #include "model/train.h"
 #include "util/mem.h"
 
@@ -79,6 +80,25 @@ static void piece_logprobs(struct head *h, const struct piece *c)
                          in->targets + at, in->k, h->lse + row, c->run->lp + at);
 }
 
+/* A custom loss of one whole datum, with its metrics. */
+static int eval_graph(struct tb_datum_run *r, float *g, struct tb_error *err)
+{
+    struct tb_train_op *op = r->op;
+    struct tb_graph_run run = {.datum = &op->op->u.forward_backward.data[r->index],
+                               .logprobs = r->lp,
+                               .n = r->in->n,
+                               .k = r->in->k,
+                               .two_d = r->in->two_d,
+                               .metrics = op->one,
+                               .d_logprobs = op->backward ? g : NULL};
+    int rc = tb_graph_eval(op->graph, &run, err);
+    if (rc) return rc;
+    r->loss += run.loss;
+    for (int i = 0; i < tb_graph_n_metrics(op->graph); i++)
+        op->metrics[i] += op->one[i];
+    return 0;
+}
+
 /* Loss and derivative of positions [i0, i1); a number that is not finite fails the op. */
 static void eval_loss(struct tb_datum_run *r, int i0, int i1, float *g)
 {
@@ -91,6 +111,14 @@ static void eval_loss(struct tb_datum_run *r, int i0, int i1, float *g)
                           i / (size_t)k);
     if (r->op->failed) {
         memset(g + from, 0, (to - from) * sizeof(*g));
+        return;
+    }
+    if (r->op->graph) {
+        struct tb_error err = {0};
+        int rc = eval_graph(r, g, &err);
+        if (!rc) return;
+        memset(g + from, 0, (to - from) * sizeof(*g));
+        tb_train_fail(r->op, rc, "datum %d: %s", r->index, err.msg);
         return;
     }
     int bad = r->op->loss->eval(r->in, i0, i1, r->lp, g, &r->loss);

@@ -144,7 +144,7 @@ static const struct tb_loss losses[] = {
      .whole = true,
      .eval = eval_gspo},
     {.name = "stable_reinforce", .unsupported = true},
-    {.name = "custom", .unsupported = true},
+    {.name = "custom", .custom = true, .two_d = true, .whole = true},
 };
 
 static const struct {
@@ -189,10 +189,19 @@ struct settings {
     double lo, hi, beta;
 };
 
+/* What the id stands for is not known here; that it is there, and nothing else, is checked. */
+static int check_loss_id(const struct tb_forward_backward *fb, struct tb_error *err)
+{
+    if (fb->n_config == 1 && !strcmp(fb->config[0].key, "loss_id") && fb->config[0].is_text)
+        return 0;
+    return tb_error_set(err, TB_EINVAL, "loss_fn_config of custom must be loss_id, a text");
+}
+
 static int read_settings(const struct tb_loss *loss, const struct tb_forward_backward *fb,
                          struct settings *s, struct tb_error *err)
 {
     *s = (struct settings){loss->lo, loss->hi, loss->beta};
+    if (loss->custom) return check_loss_id(fb, err);
     double *const at[] = {&s->lo, &s->hi, &s->beta};
     for (int c = 0; c < fb->n_config; c++) {
         const struct tb_config_value *v = &fb->config[c];

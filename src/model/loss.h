@@ -31,6 +31,7 @@ struct tb_loss_inputs {
 struct tb_loss {
     const char *name;
     bool unsupported; /* known, but not served */
+    bool custom;      /* a graph of the client's (custom/graph.h) in the place of eval */
     bool whole;       /* dL/dlogprob of a position depends on the datum's other logprobs */
     bool two_d;       /* accepts targets [n, k] */
     unsigned required, optional; /* bits of enum tb_loss_input beyond target_tokens */

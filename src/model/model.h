@@ -29,6 +29,7 @@ struct tb_model;
 struct tb_adapter;
 struct tb_adapter_version;
 struct tb_seq;
+struct tb_graph; /* model/custom/graph.h */
 
 struct tb_model_options {
     int max_rank;        /* 256 */
@@ -103,7 +104,8 @@ void tb_version_unref(struct tb_adapter_version *v); /* accepts NULL */
  * set. */
 struct tb_train_item {
     struct tb_adapter *adapter;
-    struct tb_op *op; /* TB_OP_FORWARD or TB_OP_FORWARD_BACKWARD */
+    struct tb_op *op;             /* TB_OP_FORWARD or TB_OP_FORWARD_BACKWARD */
+    const struct tb_graph *graph; /* of loss_fn "custom", else NULL */
 };
 int tb_model_train(struct tb_model *m, struct tb_train_item *items, int n_items,
                    struct tb_error *err);

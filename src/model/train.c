@@ -14,6 +14,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "model/custom/graph.h"
 #include "util/mem.h"
 
 /* Rows of a micro-batch: a layer's activations stay in the last-level cache, and the weights are
@@ -34,6 +35,24 @@ void tb_train_fail(struct tb_train_op *op, int code, const char *fmt, ...)
 
 /* ---- one op */
 
+/* Checks the data against the graph of a custom loss. */
+static int prepare_graph(struct tb_train_op *t, const struct tb_graph *graph,
+                         struct tb_arena *arena, struct tb_error *err)
+{
+    const struct tb_forward_backward *fb = &t->op->u.forward_backward;
+    if (!graph)
+        return tb_error_set(err, TB_ENOTFOUND, "there is no custom loss '%.128s' in this session",
+                            fb->config[0].text);
+    for (int i = 0; i < fb->n_data; i++)
+        if (tb_graph_check_datum(graph, &fb->data[i], t->inputs[i].two_d, err))
+            return tb_error_prefix(err, "datum %d", i);
+    size_t n = (size_t)tb_graph_n_metrics(graph);
+    t->graph = graph;
+    t->metrics = tb_arena_calloc(arena, n, sizeof(*t->metrics));
+    t->one = tb_arena_calloc(arena, n, sizeof(*t->one));
+    return 0;
+}
+
 /* Checks the op and makes its result arrays. Failures are left in op->error. */
 static void prepare_op(struct tb_model *m, struct tb_train_op *t, struct tb_train_item *item,
                        struct tb_arena *arena)
@@ -49,6 +68,7 @@ static void prepare_op(struct tb_model *m, struct tb_train_op *t, struct tb_trai
     if (!rc && !t->inputs) rc = tb_error_set(&err, TB_ENOMEM, "no memory for %d data", fb->n_data);
     if (!rc)
         rc = tb_loss_prepare(t->loss, fb, m->cfg.vocab, m->opt.max_context, arena, t->inputs, &err);
+    if (!rc && t->loss->custom) rc = prepare_graph(t, item->graph, arena, &err);
     struct tb_output *out = NULL;
     if (!rc && !(out = tb_arena_try_array(&op->arena, (size_t)fb->n_data, sizeof(*out))))
         rc = tb_error_set(&err, TB_ENOMEM, "no memory for %d results", fb->n_data);
@@ -105,10 +125,17 @@ static void finish_op(struct tb_train_op *t)
     }
     if (t->scratch) tb_adapter_add_grad(t->adapter, t->scratch);
     t->scratch = NULL;
-    struct tb_metric *metric = tb_arena_alloc(&op->arena, sizeof(*metric));
-    *metric = (struct tb_metric){"loss:sum", t->loss_sum};
-    op->result.n_metrics = 1;
-    op->result.metrics = metric;
+    int n = t->graph ? tb_graph_n_metrics(t->graph) : 0;
+    struct tb_metric *metrics = tb_arena_calloc(&op->arena, 1 + (size_t)n, sizeof(*metrics));
+    metrics[0] = (struct tb_metric){"loss:sum", t->loss_sum};
+    for (int i = 0; i < n; i++) {
+        bool mean;
+        const char *key = tb_graph_metric(t->graph, i, &mean);
+        metrics[1 + i].key = tb_arena_strdup(&op->arena, key); /* the graph may go before the op */
+        metrics[1 + i].value = mean ? t->metrics[i] / t->n_data : t->metrics[i];
+    }
+    op->result.n_metrics = 1 + n;
+    op->result.metrics = metrics;
 }
 
 /* ---- one micro-batch */

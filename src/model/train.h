@@ -14,6 +14,8 @@ struct tb_train_op {
     struct tb_op *op;
     const struct tb_loss *loss;
     struct tb_loss_inputs *inputs; /* [n_data] */
+    const struct tb_graph *graph;  /* of a custom loss, else NULL */
+    double *metrics, *one;         /* [its metrics] sums over the data so far, and of one datum */
     bool backward;
     bool failed;
     int n_data, n_done;

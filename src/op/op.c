@@ -17,6 +17,7 @@ const char *tb_op_type_name(enum tb_op_type t)
         [TB_OP_SAVE_WEIGHTS_EXTERNAL] = "save_weights_external",
         [TB_OP_SAMPLE] = "sample",
         [TB_OP_UNLOAD_MODEL] = "unload_model",
+        [TB_OP_CREATE_CUSTOM_LOSS] = "create_custom_loss",
     };
     return (unsigned)t < TB_OP_N_TYPES ? names[t] : "unknown";
 }

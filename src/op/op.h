@@ -30,6 +30,7 @@ enum tb_op_type {
     TB_OP_SAVE_WEIGHTS_EXTERNAL,
     TB_OP_SAMPLE,
     TB_OP_UNLOAD_MODEL,
+    TB_OP_CREATE_CUSTOM_LOSS,
     TB_OP_N_TYPES,
 };
 /* "create_model", ... as the wire's `type` literals */
@@ -84,6 +85,14 @@ struct tb_config_value { /* one entry of loss_fn_config */
     bool is_text;
     double number;
     const char *text;
+};
+
+/* A loss as a graph (model/custom/graph.h checks it), of a session. */
+struct tb_create_custom_loss {
+    int64_t seq_id; /* custom_loss_seq_id: 0, 1, ... in its session */
+    const char *name;
+    const char *text; /* a JSON object with inputs and graph */
+    size_t n_text;
 };
 
 struct tb_forward_backward { /* TB_OP_FORWARD and TB_OP_FORWARD_BACKWARD */
@@ -188,6 +197,7 @@ struct tb_result {
     const char *model_id;
     const char *path;
     const char *sampling_session_id;
+    const char *loss_id;
     int64_t size_bytes; /* external weights; -1 = unknown */
 };
 
@@ -197,9 +207,10 @@ struct tb_op {
     enum tb_op_type type;
 
     /* addressing; which are set depends on the type */
-    const char *session_id; /* create_model, create-via-load, sample's session when known */
-    int64_t model_seq_id;   /* create_model, create-via-load; else -1 */
-    const char *model_id;   /* training and weights ops; create ops get it from core */
+    const char *session_id;          /* create_model, create-via-load, create_custom_loss, sample's
+                                        session when known */
+    int64_t model_seq_id;            /* create_model, create-via-load; else -1 */
+    const char *model_id;            /* training and weights ops; create ops get it from core */
     const char *sampling_session_id; /* sample */
     int64_t seq_id; /* training order or sample label; -1: none (0.1.5, arrival order) */
     const char *idempotency_key; /* X-Idempotency-Key or NULL */
@@ -207,6 +218,7 @@ struct tb_op {
     union {
         struct tb_create_model create_model;
         struct tb_load_weights load_weights;
+        struct tb_create_custom_loss create_custom_loss;
         struct tb_forward_backward forward_backward;
         struct tb_optim_step optim_step;
         struct tb_save_weights save_weights;

@@ -4,6 +4,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "model/custom/graph.h"
 #include "util/mem.h"
 
 struct tb_model {
@@ -15,6 +16,9 @@ struct tb_adapter {
 struct tb_adapter_version {
     int refs;
 };
+struct tb_graph {
+    int nothing;
+};
 struct tb_sampling {
     struct tb_op *op;
     struct tb_adapter_version *version;
@@ -23,7 +27,8 @@ struct tb_sampling {
 
 struct fake_event fake_events[FAKE_MAX_EVENTS];
 int fake_n_events;
-int fake_live_adapters, fake_live_versions, fake_live_samplings;
+int fake_live_adapters, fake_live_versions, fake_live_samplings, fake_live_graphs;
+int fake_with_graph;
 unsigned fake_train_us, fake_sample_us;
 bool fake_fail_create;
 
@@ -32,6 +37,7 @@ void fake_reset(void)
     fake_n_events = 0;
     fake_train_us = fake_sample_us = 0;
     fake_fail_create = false;
+    fake_with_graph = 0;
 }
 
 static void record(enum fake_event_kind kind, int n, int64_t first_seq)
@@ -149,8 +155,25 @@ int tb_model_train(struct tb_model *m, struct tb_train_item *items, int n_items,
                    struct tb_error *err)
 {
     record(FAKE_TRAIN, n_items, items[0].op->seq_id);
+    for (int i = 0; i < n_items; i++)
+        fake_with_graph += items[i].graph != NULL;
     if (fake_train_us) usleep(fake_train_us);
     return 0;
+}
+
+int tb_graph_create(struct tb_graph **out, const char *text, size_t n, struct tb_error *err)
+{
+    if (n == 0) return tb_error_set(err, TB_EPARSE, "no text");
+    *out = tb_calloc(1, sizeof(**out));
+    fake_live_graphs++;
+    return 0;
+}
+
+void tb_graph_destroy(struct tb_graph *g)
+{
+    if (!g) return;
+    fake_live_graphs--;
+    tb_free(g);
 }
 
 void tb_adapter_optim_step(struct tb_adapter *a, struct tb_op *op)

@@ -18,7 +18,8 @@ struct fake_event {
 #define FAKE_MAX_EVENTS 20000
 extern struct fake_event fake_events[FAKE_MAX_EVENTS];
 extern int fake_n_events;
-extern int fake_live_adapters, fake_live_versions, fake_live_samplings;
+extern int fake_live_adapters, fake_live_versions, fake_live_samplings, fake_live_graphs;
+extern int fake_with_graph;                    /* items of passes that had a custom loss */
 extern unsigned fake_train_us, fake_sample_us; /* time of a pass, of a step */
 extern bool fake_fail_create;
 

@@ -51,6 +51,7 @@ static void close_engine(struct fixture *f)
     assert_int_equal(fake_live_adapters, 0);
     assert_int_equal(fake_live_versions, 0);
     assert_int_equal(fake_live_samplings, 0);
+    assert_int_equal(fake_live_graphs, 0);
 }
 
 static int teardown(void **state)
@@ -96,6 +97,24 @@ static struct tb_task *submit(struct fixture *f, enum tb_task_type type, uint64_
     if (t->op) t->op->seq_id = seq;
     tb_engine_submit(f->engine, t);
     return t;
+}
+
+/* LOSS_CREATE (text NULL: one that fails), LOSS_FREE, or a TRAIN that uses the loss. */
+static void submit_loss(struct fixture *f, enum tb_task_type type, uint64_t loss, const char *text)
+{
+    struct tb_task *t = tb_task_create(type);
+    t->adapter_id = 1;
+    t->loss_id = loss;
+    t->cb = on_done;
+    t->arg = f;
+    if (type == TB_TASK_TRAIN) {
+        t->op = tb_op_create(TB_OP_FORWARD_BACKWARD);
+    } else if (type == TB_TASK_LOSS_CREATE) {
+        t->op = tb_op_create(TB_OP_CREATE_CUSTOM_LOSS);
+        t->op->u.create_custom_loss.text = text;
+        t->op->u.create_custom_loss.n_text = text ? strlen(text) : 0;
+    }
+    tb_engine_submit(f->engine, t);
 }
 
 static void run_until(struct fixture *f, int done)
@@ -287,14 +306,48 @@ static void test_close_in_the_middle(void **state)
     assert_true(f->failed > 50);
 }
 
+/* A training op keeps its loss although it is freed before the op's turn. */
+static void test_losses(void **state)
+{
+    struct fixture *f = *state;
+    submit(f, TB_TASK_ADAPTER_CREATE, 1, 0, 0);
+    submit_loss(f, TB_TASK_LOSS_CREATE, 7, "{}");
+    submit_loss(f, TB_TASK_LOSS_CREATE, 8, NULL);
+    run_until(f, 3);
+    assert_int_equal(f->failed, 1);
+    assert_int_equal(fake_live_graphs, 1);
+    fake_train_us = 20000;
+    submit(f, TB_TASK_TRAIN, 1, 1, 8000); /* a pass of its own, before the others */
+    for (int i = 0; i < 3; i++)
+        submit_loss(f, TB_TASK_TRAIN, 7, NULL);
+    submit_loss(f, TB_TASK_LOSS_FREE, 7, NULL);
+    submit_loss(f, TB_TASK_LOSS_FREE, 99, NULL); /* unknown ids are no matter */
+    run_until(f, 9);
+    assert_int_equal(fake_with_graph, 3);
+    assert_int_equal(fake_live_graphs, 0);
+    submit_loss(f, TB_TASK_TRAIN, 7, NULL); /* gone: the model refuses it */
+    submit_loss(f, TB_TASK_LOSS_CREATE, 9, "{}");
+    run_until(f, 11);
+    assert_int_equal(fake_with_graph, 3);
+    assert_int_equal(f->failed, 1);
+}
+
 int main(void)
 {
 #define T(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
     const struct CMUnitTest tests[] = {
-        T(test_models),   cmocka_unit_test(test_load_error), T(test_order),
-        T(test_packing),  T(test_oversized_op_runs_alone),   T(test_fair_to_small_tenant),
-        T(test_turns),    T(test_publish_and_sample),        T(test_cancel),
-        T(test_failures), T(test_close_in_the_middle),
+        T(test_models),
+        cmocka_unit_test(test_load_error),
+        T(test_order),
+        T(test_packing),
+        T(test_oversized_op_runs_alone),
+        T(test_fair_to_small_tenant),
+        T(test_turns),
+        T(test_publish_and_sample),
+        T(test_cancel),
+        T(test_failures),
+        T(test_losses),
+        T(test_close_in_the_middle),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -423,7 +423,7 @@ static void test_validation(void **state)
     static const struct bad_case cases[] = {
         {"unknown loss", TB_EINVAL,
          "loss_fn mse is unknown; there are cross_entropy, importance_sampling"},
-        {"custom", TB_EUNSUPPORTED, "loss_fn custom is not supported"},
+        {"custom", TB_EINVAL, "loss_fn_config of custom must be loss_id"},
         {"stable", TB_EUNSUPPORTED, "loss_fn stable_reinforce is not supported"},
         {"no data", TB_EINVAL, "data is empty"},
         {"empty", TB_EINVAL, "datum 1: model_input is empty"},
