@@ -111,12 +111,13 @@ char *tb_asprintf(const char *fmt, ...)
 
 static uint64_t read_number(const char *path)
 {
+    char line[32], *end = line;
+    unsigned long long v = 0;
     FILE *f = fopen(path, "re");
-    unsigned long long v;
     if (!f) return UINT64_MAX;
-    if (fscanf(f, "%llu", &v) != 1) v = UINT64_MAX; /* "max" */
+    if (fgets(line, sizeof(line), f)) v = strtoull(line, &end, 10);
     fclose(f);
-    return v;
+    return end == line ? UINT64_MAX : v; /* "max" is no number */
 }
 
 uint64_t tb_mem_machine(void)
