@@ -153,7 +153,7 @@ void tb_version_ref(struct tb_adapter_version *v)
 void tb_version_unref(struct tb_adapter_version *v)
 {
     if (!v || --v->refs > 0) return;
-    tb_kv_forget(&v->m->kv, v->serial);
+    if (v->sampled) tb_kv_forget(&v->m->kv, v->serial);
     v->m->be->ops->free(v->m->be, v->act,
                         (size_t)v->layout->n_floats * tb_dtype_size(v->m->be->act));
     layout_unref(v->layout);
@@ -162,9 +162,10 @@ void tb_version_unref(struct tb_adapter_version *v)
 
 int tb_adapter_own_version(struct tb_adapter *a, struct tb_error *err)
 {
-    if (a->cur->refs == 1) { /* nobody uses it now, but somebody may have sampled with it */
-        tb_kv_forget(&a->m->kv, a->cur->serial);
+    if (a->cur->refs == 1) { /* nobody uses it now */
+        if (a->cur->sampled) tb_kv_forget(&a->m->kv, a->cur->serial);
         a->cur->serial = ++a->m->last_serial;
+        a->cur->sampled = false;
         return 0;
     }
     struct tb_adapter_version *v;

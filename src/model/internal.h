@@ -60,6 +60,7 @@ struct tb_model {
     struct tb_block train_ws, sample_ws;
     struct tb_kv kv;
     struct tb_list samplings; /* all live ones, oldest first */
+    uint64_t last_serial;     /* of adapter versions */
 };
 
 static inline int tb_model_n_modules(const struct tb_model *m)
@@ -113,6 +114,8 @@ struct tb_lora_layout {
 
 struct tb_adapter_version {
     int refs;
+    uint64_t serial; /* from 1, never used twice: what these weights are called in the KV pool */
+    bool sampled;    /* under this serial: the pool may keep pages of it */
     struct tb_model *m;
     struct tb_lora_layout *layout;
     void *act;                 /* [n_floats] act */
@@ -133,7 +136,8 @@ struct tb_adapter {
 /* Adds (or moves) a finished op's gradient to the adapter's; takes ownership of scratch. */
 void tb_adapter_add_grad(struct tb_adapter *a, float *scratch);
 size_t tb_adapter_flat_bytes(const struct tb_adapter *a); /* of one float32 array */
-/* Makes sure that a->cur may be overwritten (copy on write); called before p changes. */
+/* Makes sure that a->cur may be overwritten (copy on write, else under a new serial); called before
+ * p changes. */
 int tb_adapter_own_version(struct tb_adapter *a, struct tb_error *err);
 void tb_adapter_refresh_act(struct tb_adapter *a); /* a->cur from p */
 

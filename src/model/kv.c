@@ -35,7 +35,8 @@ int tb_kv_ready(struct tb_kv *kv, struct tb_model *m, struct tb_error *err)
     size_t n = (size_t)kv->n_pages;
     int32_t *list = tb_try_calloc(n, sizeof(*list)), *refs = tb_try_calloc(n, sizeof(*refs));
     char *mem = list && refs ? m->be->ops->alloc(m->be, kv->bytes) : NULL;
-    if (!mem) {
+    if (!mem || tb_prefix_init(&kv->prefix, kv->n_pages)) {
+        if (mem) m->be->ops->free(m->be, mem, kv->bytes);
         tb_free(list);
         tb_free(refs);
         return tb_error_set(err, TB_ENOMEM, "no memory for %zu MiB of KV pages", kv->bytes >> 20);
@@ -54,12 +55,18 @@ void tb_kv_fini(struct tb_kv *kv, struct tb_model *m)
     if (kv->mem) m->be->ops->free(m->be, kv->mem, kv->bytes);
     tb_free(kv->free_list);
     tb_free(kv->refs);
+    tb_prefix_fini(&kv->prefix);
     *kv = (struct tb_kv){0};
 }
 
 int32_t tb_kv_take(struct tb_kv *kv)
 {
-    if (kv->n_free == 0) return -1;
+    if (kv->n_free == 0) {
+        int32_t idle = kv->prefix.n_idle ? kv->prefix.oldest : -1;
+        if (idle < 0) return -1;
+        tb_prefix_remove(&kv->prefix, idle);
+        tb_kv_unref(kv, idle);
+    }
     int32_t page = kv->free_list[--kv->n_free];
     TB_BUG_ON(kv->refs[page] != 0);
     kv->refs[page] = 1;
@@ -69,13 +76,47 @@ int32_t tb_kv_take(struct tb_kv *kv)
 void tb_kv_ref(struct tb_kv *kv, int32_t page)
 {
     TB_BUG_ON(kv->refs[page] <= 0);
-    kv->refs[page]++;
+    if (kv->refs[page]++ == 1 && tb_prefix_listed(&kv->prefix, page))
+        tb_prefix_set_idle(&kv->prefix, page, false);
 }
 
 void tb_kv_unref(struct tb_kv *kv, int32_t page)
 {
     TB_BUG_ON(kv->refs[page] <= 0);
-    if (--kv->refs[page] == 0) kv->free_list[kv->n_free++] = page;
+    if (--kv->refs[page] == 0)
+        kv->free_list[kv->n_free++] = page;
+    else if (kv->refs[page] == 1 && tb_prefix_listed(&kv->prefix, page))
+        tb_prefix_set_idle(&kv->prefix, page, true);
+}
+
+int32_t tb_kv_find(struct tb_kv *kv, const struct tb_prefix_key *key)
+{
+    int32_t page = kv->no_reuse ? -1 : tb_prefix_find(&kv->prefix, key);
+    if (page >= 0) tb_kv_ref(kv, page);
+    return page;
+}
+
+int32_t tb_kv_keep(struct tb_kv *kv, const struct tb_prefix_key *key, int32_t page)
+{
+    if (kv->no_reuse) return page;
+    int32_t same = tb_kv_find(kv, key);
+    if (same >= 0) {
+        tb_kv_unref(kv, page);
+        return same;
+    }
+    kv->refs[page]++;
+    tb_prefix_add(&kv->prefix, key, page);
+    return page;
+}
+
+void tb_kv_forget(struct tb_kv *kv, uint64_t serial)
+{
+    for (int32_t i = 0; kv->prefix.n && i < kv->n_pages; i++) {
+        if (!tb_prefix_listed(&kv->prefix, i) || kv->prefix.pages[i].key.serial != serial) continue;
+        TB_BUG_ON(kv->refs[i] != 1);
+        tb_prefix_remove(&kv->prefix, i);
+        tb_kv_unref(kv, i);
+    }
 }
 
 void *tb_kv_layer(const struct tb_kv *kv, int layer)

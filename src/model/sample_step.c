@@ -4,8 +4,9 @@
  *
  * Pages are given out in a fixed order of precedence: older sampling first, prompt before samples,
  * lower sample first. A running sequence may take the pages of one that comes later, which is then
- * computed again from its tokens; a waiting one only takes free pages, and nobody overtakes it. So
- * the first running sequence always advances, and with nobody running the first waiting one fits.
+ * computed again from its tokens; a waiting one only takes free pages, and nobody overtakes it.
+ * Pages that are kept for later prompts and not in use are as good as free. So the first running
+ * sequence always advances, and with nobody running the first waiting one fits.
  *
  * Owner: struct step lives for one call. Thread: the model's.
  */
@@ -108,17 +109,24 @@ static bool need_pages(struct tb_model *m, struct tb_seq *q, int n)
     return true;
 }
 
-/* Gives a waiting sequence all pages of its tokens, from the free ones, leaving those that run one
- * each. */
+/* Gives a waiting sequence all pages of its tokens, kept ones as far as they hold its tokens and
+ * the rest from the free ones, leaving those that run one each. The rows from the first scored one
+ * on, or the last row, are computed in any case. */
 static bool admit(struct tb_model *m, struct tb_seq *q, int n_running)
 {
     int want = tb_kv_pages_for(tb_seq_tokens(q));
-    if (m->kv.n_free < want + n_running && !(n_running == 0 && m->kv.n_free >= want)) return false;
     if (!tb_seq_reserve_pages(q, want)) return false;
+    tb_seq_find_pages(q, q->index < 0 ? q->s->score_from : tb_seq_tokens(q) - 1);
+    int fresh = want - q->n_pages, room = tb_kv_room(&m->kv);
+    if (room < fresh + n_running && !(n_running == 0 && room >= fresh)) {
+        tb_seq_release(q);
+        return false;
+    }
     while (q->n_pages < want)
         q->pages[q->n_pages++] = tb_kv_take(&m->kv);
-    q->n_kv = 0;
     q->state = TB_SEQ_RUNNING;
+    if (!q->s->admitted) q->s->op->result.prompt_cache_hit_tokens = q->n_kv;
+    q->s->admitted = true;
     return true;
 }
 
@@ -455,8 +463,10 @@ static int run(struct step *st, struct tb_error *err)
     m->be->ops->rmsnorm(m->be, p.x[m->cfg.n_layers], m->norm, p.T, m->cfg.hidden, m->cfg.norm_eps,
                         p.xn, NULL);
     gather_out(st, &p);
-    for (int i = 0; i < st->n; i++)
+    for (int i = 0; i < st->n; i++) {
         st->entries[i].q->n_kv += st->entries[i].n;
+        tb_seq_keep_pages(st->entries[i].q);
+    }
     for (int i = 0; i < st->n_out; i += m->head_rows)
         run_block(st, &p, i, TB_MIN(m->head_rows, st->n_out - i));
     for (int i = 0; i < st->n; i++) {
@@ -471,6 +481,7 @@ static int run(struct step *st, struct tb_error *err)
         }
     }
     rc = m->be->ops->sync(m->be, err);
+    if (rc) m->kv.no_reuse = true; /* who knows what the pages hold */
 out:
     tb_pass_fini(&p);
     return rc;

@@ -207,6 +207,7 @@ int tb_sampling_create(struct tb_sampling **out, struct tb_model *m,
     }
     if (version) {
         tb_version_ref(version);
+        version->sampled = true;
         s->version = version;
     }
     tb_list_push(&m->samplings, &s->node);
@@ -247,10 +248,42 @@ bool tb_sampling_done(const struct tb_sampling *s)
 
 void tb_seq_release(struct tb_seq *q)
 {
-    for (int i = 0; i < q->n_pages; i++)
+    for (int i = q->n_pages; i-- > 0;) /* from the last: see prefix.h */
         tb_kv_unref(&q->s->m->kv, q->pages[i]);
     q->n_pages = 0;
     q->n_kv = 0;
+    q->n_kept = 0;
+}
+
+/* What its page number `at` is kept under; the pages before it are. */
+static struct tb_prefix_key page_key(const struct tb_seq *q, int at)
+{
+    const struct tb_adapter_version *v = q->s->version;
+    struct tb_prefix_key key = {v ? v->serial : 0, at ? q->pages[at - 1] : TB_PREFIX_NONE, {0}};
+    for (int i = 0; i < TB_KV_PAGE; i++)
+        key.tokens[i] = tb_seq_token(q, at * TB_KV_PAGE + i);
+    return key;
+}
+
+void tb_seq_find_pages(struct tb_seq *q, int limit)
+{
+    TB_BUG_ON(q->n_pages);
+    for (; q->n_pages < limit / TB_KV_PAGE; q->n_pages++) {
+        struct tb_prefix_key key = page_key(q, q->n_pages);
+        int32_t page = tb_kv_find(&q->s->m->kv, &key);
+        if (page < 0) break;
+        q->pages[q->n_pages] = page;
+    }
+    q->n_kept = q->n_pages;
+    q->n_kv = q->n_pages * TB_KV_PAGE;
+}
+
+void tb_seq_keep_pages(struct tb_seq *q)
+{
+    for (; q->n_kept < q->n_kv / TB_KV_PAGE; q->n_kept++) {
+        struct tb_prefix_key key = page_key(q, q->n_kept);
+        q->pages[q->n_kept] = tb_kv_keep(&q->s->m->kv, &key, q->pages[q->n_kept]);
+    }
 }
 
 bool tb_seq_reserve_pages(struct tb_seq *q, int n)
@@ -280,6 +313,7 @@ int tb_sampling_fork(struct tb_sampling *s)
         }
         q->n_pages = root->n_pages;
         q->n_kv = root->n_kv;
+        q->n_kept = root->n_kept;
         q->state = TB_SEQ_RUNNING;
     }
     tb_seq_release(root);

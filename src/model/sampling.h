@@ -26,7 +26,8 @@ struct tb_seq {
     float *lps;
     int32_t *topk_ids; /* [n_gen, topk_sample_logprobs] or NULL */
     float *topk_lps;
-    int n_kv; /* positions whose keys and values are in pages */
+    int n_kv;   /* positions whose keys and values are in pages */
+    int n_kept; /* of its pages, from the first: those that the pool keeps for others */
     int n_pages, cap_pages;
     int32_t *pages;
     struct tb_stop_matcher matcher;
@@ -45,6 +46,7 @@ struct tb_sampling {
     int score_from; /* first prompt row whose logits are wanted; n_prompt - 1: only the last */
     struct tb_stop_set *stops;
     struct tb_seq root;
+    bool admitted;       /* the prompt has begun; what was found of it is reported */
     bool forked;         /* the prompt is through; the samples live */
     struct tb_seq *seqs; /* [n_samples] */
     int n_open;          /* samples not done */
@@ -64,6 +66,11 @@ static inline int32_t tb_seq_token(const struct tb_seq *q, int at)
 void tb_seq_release(struct tb_seq *q); /* gives its pages back */
 /* Room for n page numbers; false when memory is out. */
 bool tb_seq_reserve_pages(struct tb_seq *q, int n);
+/* Takes pages that hold this sequence's first tokens, at most `limit` tokens, from those that the
+ * pool kept; the sequence must hold none. Room for the page numbers must be there. */
+void tb_seq_find_pages(struct tb_seq *q, int limit);
+/* Has the pool keep the pages that are full by now. */
+void tb_seq_keep_pages(struct tb_seq *q);
 /* The prompt's pages become the samples'. */
 int tb_sampling_fork(struct tb_sampling *s);
 /* Appends a drawn token; topk arrays hold topk_sample_logprobs entries or are NULL. Ends the

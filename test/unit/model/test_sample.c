@@ -409,9 +409,9 @@ static void test_room(void **state)
         assert_int_equal(rows, i == 0 ? 10 : 3);
     }
     assert_false(tb_sampling_done(s));
-    assert_true(small->kv.n_free < 4);
+    assert_true(tb_kv_room(&small->kv) < 4);
     tb_sampling_destroy(s);
-    assert_int_equal(small->kv.n_free, 4);
+    assert_int_equal(tb_kv_room(&small->kv), 4);
     struct tb_op *all[] = {fits, over, fill, fill_small, half};
     for (size_t i = 0; i < TB_ARRAY_LEN(all); i++)
         tb_op_destroy(all[i]);
@@ -451,7 +451,7 @@ static void test_out_of_memory(void **state)
         }
         tb_sampling_destroy(s);
         tb_op_destroy(op);
-        if (m->kv.mem) assert_int_equal(m->kv.n_free, m->kv.n_pages);
+        if (m->kv.mem) assert_int_equal(tb_kv_room(&m->kv), m->kv.n_pages);
     }
     assert_true(failed > 20 && failed < 399);
     tb_op_destroy(want);
