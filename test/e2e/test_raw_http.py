@@ -675,3 +675,86 @@ def test_unload(raw, session, model):
     ticket = raw.ok("unload_model", {"model_id": model, "type": "unload_model"})
     assert raw.retrieve(ticket["request_id"])["model_id"] == model
     assert raw.post("get_info", {"model_id": model, "type": "get_info"}).status in (404, 410)
+
+
+# ---------------------------------------------------------------------------------------------- batch polling
+@pytest.fixture
+def feed(raw):
+    if not raw.ok("client/config", {"sdk_version": "0.38.0"}).get("sample_use_retrieve_futures"):
+        pytest.skip("this server has no batch poll")
+    return raw
+
+
+def poll(raw, sampler, cursor=0, clone=0, **more):
+    return raw.ok("retrieve_futures", {"target": {"type": "sampling_session", "sampling_session_id": sampler,
+                                                  "cloned_sampler_id": clone}, "prev_cursor": cursor, **more})
+
+
+def test_batch_poll(feed, sampler):
+    """Finished and failed samples come once a cursor, again for the same cursor, and apart for each clone."""
+    raw, billion = feed, 10**9
+    good = [raw.submit_sample(sampler, i, [1, 2, 3 + i], max_tokens=3, stop=[]).json["request_id"] for i in range(5)]
+    bad = raw.submit_sample(sampler, 5, [320], max_tokens=3).json["request_id"]
+    other = raw.submit_sample(sampler, 7 * billion, [1], max_tokens=3, stop=[]).json["request_id"]
+    seen, cursor = {}, 0
+    while len(seen) < 6:
+        answer = poll(raw, sampler, cursor)
+        assert answer["cursor"] > cursor
+        assert poll(raw, sampler, cursor, timeout=0.0)["completions"][:len(answer["completions"])] == answer["completions"]
+        for c in answer["completions"]:
+            assert c["request_id"] not in seen
+            seen[c["request_id"]] = c["state"]
+        cursor = answer["cursor"]
+    assert seen == {**{r: "finished" for r in good}, bad: "failed"}
+    began = time.monotonic()
+    assert poll(raw, sampler, cursor, timeout=0.0, retrieved_request_ids=good[:1]) == {"completions": [], "cursor": cursor}
+    assert time.monotonic() - began < 5
+    assert [c["request_id"] for c in poll(raw, sampler, 0, clone=7)["completions"]] == [other]
+    for request_id in good[1:]:
+        assert len(sample_result(raw.retrieve(request_id))["sequences"][0]["tokens"]) == 3
+    with pytest.raises(Failed):
+        raw.retrieve(bad)
+    # a poll that waits is answered by the next sample
+    answers = []
+
+    def wait():
+        with Raw(f"http://{raw.host}:{raw.port}") as own:
+            answers.append(poll(own, sampler, cursor))
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    time.sleep(0.1)
+    late = raw.submit_sample(sampler, 6, [9], max_tokens=1, stop=[]).json["request_id"]
+    thread.join(20)
+    assert [c["request_id"] for c in answers[0]["completions"]] == [late]
+    for target in ({"type": "sampling_session", "sampling_session_id": "nope"}, {"type": "?"}, {}, None, 5):
+        reply = raw.post("retrieve_futures", {"target": target, "prev_cursor": 0})
+        assert 400 <= reply.status < 500 and reply.status not in (408, 409, 429), reply
+
+
+def test_cancel(feed, sampler):
+    """A canceled sample ends as a failure; others, and later ones, are not disturbed."""
+    raw = feed
+    before = raw.sample(sampler, 0, [1, 2], max_tokens=20, seed=1, stop=[])
+    running = [raw.submit_sample(sampler, 1 + i, [1, 2], max_tokens=500, seed=i, n=8, stop=[]).json["request_id"]
+               for i in range(4)]
+    for request_id in running[:2]:
+        assert raw.post("cancel_future", {"request_id": request_id}).status in (200, 204)
+    for request_id in running[2:]:
+        assert len(sample_result(raw.retrieve(request_id))["sequences"]) == 8
+    for request_id in running[:2]:  # canceled, unless it was done before
+        try:
+            assert len(sample_result(raw.retrieve(request_id))["sequences"]) == 8
+        except Failed as error:
+            assert "cancel" in str(error)
+        except RuntimeError as error:
+            assert "410" in str(error)
+    assert raw.post("cancel_future", {"request_id": "nope"}).status < 500
+    assert raw.sample(sampler, 9, [1, 2], max_tokens=20, seed=1, stop=[]) == before
+
+
+def test_join(feed, sampler):
+    raw = feed
+    counters = [raw.ok("join_sampling_session", {"sampling_session_id": sampler})["client_counter"] for _ in range(4)]
+    assert len(set(counters)) == 4 and min(counters) >= 1
+    refused(raw.post("join_sampling_session", {"sampling_session_id": "nope"}), (404, 410))
