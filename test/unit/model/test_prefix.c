@@ -390,8 +390,9 @@ static void test_side_by_side(void **state)
     for (int i = 0; i < 4; i++) {
         assert_int_equal(ops[i]->result.prompt_cache_hit_tokens, 0);
         same_results(ops[0], ops[i]);
-        tb_op_destroy(ops[i]);
     }
+    for (int i = 0; i < 4; i++)
+        tb_op_destroy(ops[i]);
     tb_model_free(m);
 }
 
