@@ -103,8 +103,8 @@ static void move_back(struct tb_store *s, const char *tmp, const char *final, bo
     if (rc) tb_log(TB_LOG_ERROR, "store", "cannot undo the save of %s: %s", final, err.msg);
 }
 
-static int install(struct tb_store *s, const char *write_id, const char *tmp, const char *final,
-                   const struct tb_ckpt_row *row, struct tb_error *err)
+int tb_ckpt_install(struct tb_store *s, const char *write_id, const char *tmp, const char *final,
+                    const struct tb_ckpt_row *row, struct tb_error *err)
 {
     bool swapped = false;
     int rc = tb_ckpt_mkdirs(s, row->run_id, row->kind, err);
@@ -168,7 +168,7 @@ static void work_write(struct tb_store *s, struct tb_job *j)
     fill_row(j, now);
     int rc = tb_mkdir(tmp, &j->err);
     if (!rc) rc = tb_ckpt_write_files(tmp, write_id, &j->ckpt, &j->write, j->state, &j->err);
-    if (!rc) rc = install(s, write_id, tmp, final, &j->ckpt, &j->err);
+    if (!rc) rc = tb_ckpt_install(s, write_id, tmp, final, &j->ckpt, &j->err);
     if (rc && !j->err.code) tb_error_set(&j->err, rc, "cannot save %s", j->id);
     tb_remove_tree(tmp); /* what failed, or what was replaced */
 out:

@@ -253,6 +253,27 @@ static int load_json(const char *dir, json_t **out, struct tb_error *err)
     return rc;
 }
 
+int tb_ckpt_link_files(const char *from, const char *to, const char *write_id,
+                       const struct tb_ckpt_row *row, struct tb_error *err)
+{
+    static const char *const names[] = {TB_CKPT_ADAPTER, TB_CKPT_CONFIG, TB_CKPT_OPTIM};
+    json_t *o = NULL;
+    int rc = load_json(from, &o, err);
+    if (rc) return rc;
+    json_t *files = json_object_get(o, "files");
+    for (size_t i = 0; i < TB_ARRAY_LEN(names) && !rc; i++) {
+        if (!json_object_get(files, names[i])) continue;
+        char *a = tb_path_join(from, names[i]), *b = tb_path_join(to, names[i]);
+        rc = tb_link_or_copy(a, b, err);
+        tb_free(b);
+        tb_free(a);
+    }
+    if (!rc) rc = write_description(to, write_id, row, json_deep_copy(files), err);
+    if (!rc) rc = tb_fsync_path(to, err);
+    json_decref(o);
+    return rc;
+}
+
 static bool get_text(json_t *o, struct tb_arena *a, const char *key, const char **out)
 {
     const json_t *v = json_object_get(o, key);

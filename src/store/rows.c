@@ -115,7 +115,7 @@ void tb_store_set_session_project(struct tb_store *s, const char *id, const char
     tb_job_submit(s, j);
 }
 
-static void session_from_row(struct tb_arena *a, sqlite3_stmt *st, struct tb_session_row *r)
+void tb_session_from_row(struct tb_arena *a, sqlite3_stmt *st, struct tb_session_row *r)
 {
     r->id = tb_sql_str(a, st, 0);
     r->tags_json = tb_sql_str(a, st, 1);
@@ -137,7 +137,7 @@ static int gather_sessions(struct tb_store *s, struct tb_job *j, sqlite3_stmt *s
     int rc;
     while ((rc = tb_sql_row(s, st, &j->err)) == 1) {
         rows = grow(&j->arena, rows, n, &cap, sizeof(*rows));
-        session_from_row(&j->arena, st, &rows[n++]);
+        tb_session_from_row(&j->arena, st, &rows[n++]);
     }
     j->sessions.rows = rows;
     j->sessions.n = n;

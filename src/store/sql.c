@@ -61,6 +61,11 @@ static const char *const texts[TB_SQL_N] = {
     [TB_SQL_SESSION_RUNS] = "SELECT id FROM runs WHERE session_id = ?1 ORDER BY created_us, rowid",
     [TB_SQL_SESSION_SAMPLERS] =
         "SELECT id FROM samplers WHERE session_id = ?1 ORDER BY created_us, rowid",
+    [TB_SQL_SEARCH_SESSIONS] = "SELECT " SESSION_COLUMNS " FROM sessions"
+                               " WHERE created_us <= ?1 AND (created_us < ?1 OR id < ?2)"
+                               " ORDER BY created_us DESC, id DESC",
+    [TB_SQL_SESSION_CKPTS] = "SELECT COUNT(*), COALESCE(SUM(c.size_bytes), 0) FROM runs r"
+                             " JOIN checkpoints c ON c.run_id = r.id WHERE r.session_id = ?1",
     [TB_SQL_PUT_RUN] =
         "INSERT INTO runs(" RUN_COLUMNS ") VALUES(?1,?2,?3,?4,?5,?6,?7,?8,?9,?10,?11,?12,?13,?14)"
         " ON CONFLICT(id) DO UPDATE SET session_id = ?2, base_model = ?3, rank = ?4,"

@@ -138,6 +138,12 @@ void tb_store_set_ckpt_ttl(struct tb_store *s, const char *path,
 int tb_store_ckpt_dir(const struct tb_store *s, const char *path, char *out, size_t n,
                       struct tb_error *err);
 
+/* Makes `path` a checkpoint of the run run_id (new; of session_id or NULL), with the same kind and
+ * name. A live checkpoint that is there already is the answer: run_id identifies the request. */
+void tb_store_copy_ckpt(struct tb_store *s, const char *path, const char *run_id,
+                        const char *session_id, int64_t ttl_seconds /* 0 = never */,
+                        tb_store_ckpt_cb cb, void *arg);
+
 /* ---- lists, newest first */
 struct tb_page {
     int64_t offset, limit, total;
@@ -179,6 +185,29 @@ typedef void (*tb_store_sessions_cb)(void *arg, const struct tb_error *err,
 void tb_store_list_sessions(struct tb_store *s, int64_t offset, int64_t limit,
                             tb_store_sessions_cb cb, void *arg);
 void tb_store_get_session(struct tb_store *s, const char *id, tb_store_sessions_cb cb, void *arg);
+
+struct tb_session_query {
+    const char *session_id, *display_name; /* either matches; NULL: not asked for */
+    const char *user_metadata_json;        /* pairs that must hold, or NULL */
+    const char *const *project_ids, *const *statuses;
+    int32_t n_project_ids, n_statuses; /* 0: any */
+    int32_t limit;
+    int64_t before_us; /* the last page's last row, with its id; NULL: the first page */
+    const char *before_id;
+};
+struct tb_session_summary {
+    struct tb_session_row session;
+    int64_t n_ckpts, ckpt_bytes;
+};
+struct tb_session_search {
+    int32_t n;
+    const struct tb_session_summary *rows;
+    bool more;
+};
+typedef void (*tb_store_search_cb)(void *arg, const struct tb_error *err,
+                                   const struct tb_session_search *r);
+void tb_store_search_sessions(struct tb_store *s, const struct tb_session_query *q,
+                              tb_store_search_cb cb, void *arg);
 
 typedef void (*tb_store_sampler_cb)(void *arg, const struct tb_error *err,
                                     const struct tb_sampler_row *row);

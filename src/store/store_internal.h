@@ -28,6 +28,8 @@ enum tb_sql {
     TB_SQL_COUNT_SESSIONS,
     TB_SQL_SESSION_RUNS,
     TB_SQL_SESSION_SAMPLERS,
+    TB_SQL_SEARCH_SESSIONS,
+    TB_SQL_SESSION_CKPTS,
     TB_SQL_PUT_RUN,
     TB_SQL_TOUCH_RUN,
     TB_SQL_LIST_RUNS,
@@ -89,6 +91,7 @@ struct tb_job {
     struct tb_sampler_row sampler;
     struct tb_ckpt_row ckpt;
     struct tb_ckpt_write write;
+    const struct tb_session_query *query;
     struct tb_adapter_state *state; /* the job's until handed over */
     struct tb_map touches;          /* of a touch job: run id → struct touch */
 
@@ -96,6 +99,7 @@ struct tb_job {
     struct tb_run_list runs;
     struct tb_ckpt_list ckpts;
     struct tb_session_list sessions;
+    struct tb_session_search search;
     bool found;
 
     union {
@@ -106,6 +110,7 @@ struct tb_job {
         tb_store_ckpts_cb ckpts;
         tb_store_sessions_cb sessions;
         tb_store_sampler_cb sampler;
+        tb_store_search_cb search;
     } cb;
     void *arg;
 };
@@ -169,6 +174,20 @@ int tb_ckpt_read_json(const char *dir, struct tb_arena *a, struct tb_ckpt_row *r
                       struct tb_error *err);
 int tb_ckpt_read_files(const char *dir, bool with_optimizer, struct tb_adapter_state **out,
                        struct tb_error *err);
+
+/* A folder of links to a checkpoint's files, with the description of row. */
+int tb_ckpt_link_files(const char *from, const char *to, const char *write_id,
+                       const struct tb_ckpt_row *row, struct tb_error *err);
+
+/* ---- ckpt.c: puts a finished folder and its row in place, all or nothing */
+int tb_ckpt_install(struct tb_store *s, const char *write_id, const char *tmp, const char *final,
+                    const struct tb_ckpt_row *row, struct tb_error *err);
+
+/* ---- copy.c */
+int tb_link_or_copy(const char *from, const char *to, struct tb_error *err);
+
+/* ---- rows.c */
+void tb_session_from_row(struct tb_arena *a, sqlite3_stmt *st, struct tb_session_row *r);
 
 /* ---- recover.c: at open */
 int tb_store_recover(struct tb_store *s, struct tb_error *err);

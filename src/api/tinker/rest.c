@@ -60,7 +60,7 @@ void tb_tinker_put_cursor(struct tb_json_out *j, const struct tb_page *p)
     tb_jout_object_end(j);
 }
 
-static void put_time(struct tb_json_out *j, const char *key, int64_t us)
+void tb_tinker_put_time(struct tb_json_out *j, const char *key, int64_t us)
 {
     char text[TB_TIME_TEXT];
     tb_clock_format(us, text);
@@ -69,7 +69,7 @@ static void put_time(struct tb_json_out *j, const char *key, int64_t us)
 
 /* The API types this as a map of strings, but create_model takes any JSON: other values become
  * their text. */
-static void put_metadata(struct tb_json_out *j, const char *json)
+void tb_tinker_put_metadata(struct tb_json_out *j, const char *json)
 {
     struct tb_json_doc doc;
     struct tb_json v;
@@ -97,14 +97,14 @@ static void put_ckpt(struct tb_json_out *j, const char *key, const struct tb_ckp
     tb_jout_object(j, key);
     tb_jout_str(j, "checkpoint_id", id);
     tb_jout_str(j, "checkpoint_type", tb_ckpt_kind_type(r->kind));
-    put_time(j, "time", r->time_us);
+    tb_tinker_put_time(j, "time", r->time_us);
     tb_jout_str(j, "tinker_path", r->path);
     tb_jout_str(j, "training_run_id", r->run_id);
     tb_jout_int(j, "size_bytes", r->size_bytes);
     tb_jout_bool(j, "public", r->is_public);
-    put_metadata(j, r->user_metadata_json);
+    tb_tinker_put_metadata(j, r->user_metadata_json);
     if (r->expires_us)
-        put_time(j, "expires_at", r->expires_us);
+        tb_tinker_put_time(j, "expires_at", r->expires_us);
     else
         tb_jout_null(j, "expires_at");
     tb_jout_object_end(j);
@@ -119,10 +119,10 @@ static void put_run(struct tb_json_out *j, const struct tb_run_row *r,
     tb_jout_bool(j, "is_lora", true);
     tb_jout_int(j, "lora_rank", r->lora.rank);
     tb_jout_bool(j, "corrupted", r->corrupted);
-    put_time(j, "last_request_time", r->last_request_us);
+    tb_tinker_put_time(j, "last_request_time", r->last_request_us);
     if (last) put_ckpt(j, "last_checkpoint", last);
     if (sampler) put_ckpt(j, "last_sampler_checkpoint", sampler);
-    put_metadata(j, r->user_metadata_json);
+    tb_tinker_put_metadata(j, r->user_metadata_json);
 }
 
 /* ---- runs */

@@ -136,6 +136,14 @@ TB_HANDLER(tb_tinker_delete_checkpoint);
 TB_HANDLER(tb_tinker_publish);
 TB_HANDLER(tb_tinker_unpublish);
 TB_HANDLER(tb_tinker_set_ttl);
+TB_HANDLER(tb_tinker_copy_weights);    /* copy.c */
+TB_HANDLER(tb_tinker_search_sessions); /* search.c */
+TB_HANDLER(tb_tinker_audit);           /* hosted.c */
+TB_HANDLER(tb_tinker_billing);
+TB_HANDLER(tb_tinker_trace_export);
+TB_HANDLER(tb_tinker_auth_token);
+TB_HANDLER(tb_tinker_key_info);
+TB_HANDLER(tb_tinker_key_delete);
 TB_HANDLER(tb_tinker_external_urls); /* download.c */
 TB_HANDLER(tb_tinker_archive);
 TB_HANDLER(tb_tinker_download);
@@ -150,6 +158,9 @@ void tb_tinker_on_store_done(void *call, const struct tb_error *err); /* answers
 /* ?limit=&offset=; on failure the request has been answered */
 int tb_tinker_query_page(struct tb_http_request *req, int64_t otherwise, int64_t *limit,
                          int64_t *offset);
+void tb_tinker_put_time(struct tb_json_out *j, const char *key, int64_t us);
+void tb_tinker_put_metadata(struct tb_json_out *j,
+                            const char *json); /* "user_metadata", or nothing */
 void tb_tinker_put_cursor(struct tb_json_out *j, const struct tb_page *p);
 
 void tb_tinker_downloads_fini(struct tb_api *a);
