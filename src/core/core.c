@@ -203,6 +203,8 @@ int tb_core_submit(struct tb_core *c, struct tb_op *op, struct tb_ticket *out, s
         rc = tb_error_set(err, TB_EBUSY, "the server is stopping");
     else if (type == TB_OP_SAMPLE)
         rc = tb_sampler_submit(c, op, out, &kept, err);
+    else if (type == TB_OP_CREATE_CUSTOM_LOSS)
+        rc = tb_loss_submit(c, op, out, &kept, err);
     else if (type == TB_OP_CREATE_MODEL || (type == TB_OP_LOAD_WEIGHTS && !op->model_id))
         rc = tb_model_submit_create(c, op, out, &kept, err);
     else

@@ -14,11 +14,13 @@
  * id.
  *  - create_model and create-via-load are deduped by (session, model_seq_id); their model id is
  *    "{session}:train:{model_seq_id}"; ops may be submitted before the creation has finished.
+ *  - custom losses are deduped by (session, custom_loss_seq_id) and belong to their session, under
+ *    the id "{session}:loss:{custom_loss_seq_id}".
  *  - create_sampling_session is deduped by (session, sampling_session_seq_id), ephemeral sampler
  *    saves as ops of their model. Some clients count the two apart, so neither finds the other's:
  *    the sampler id is "{session}:sample:{n}", with another n when that id is taken.
  *  - request ids are deterministic: "{model_id}:{seq_id}", "{sampler_id}:{seq_id}",
- * "{model_id}:create".
+ * "{model_id}:create", "{loss_id}:create".
  *
  * Thread: the loop's. Owner: strings in answers are core's and valid until the loop turns, unless
  * said.

@@ -6,6 +6,7 @@
  *   session  models, samplers and futures of a client    session.c
  *   model    one queue ordered by seq_id                  model.c, weights.c
  *   sampler  a sampling session; versions of weights      sampler.c
+ *   loss     custom losses of a session               loss.c
  *   feed     what is over of a sampler, for one poll      feed.c
  *
  * Callbacks are never made from the middle of a change: a future that is over goes to
@@ -38,6 +39,8 @@ struct tb_core_session {
     bool ended, anonymous;
     uint64_t seen_ms, lease_ms, ended_ms;
     struct tb_list futures, models, samplers;
+    struct tb_list losses; /* custom losses (loss.c) */
+    int n_losses;
     size_t n_pending;   /* futures not over */
     int64_t next_spare; /* sampler numbers for ids that are taken */
 };
@@ -182,7 +185,7 @@ struct tb_core {
     struct tb_list feed_waiters; /* tb_feed_waiter.deadline_node, earliest first */
     bool leaving;
     size_t queued_bytes, held_bytes;
-    uint64_t next_adapter, next_version, next_anonymous;
+    uint64_t next_adapter, next_version, next_loss, next_anonymous;
     struct tb_core_stats stats;
     char scratch[TB_ID_BYTES];
 
@@ -264,6 +267,14 @@ void tb_weights_load(struct tb_future *f);
 void tb_weights_load_new(struct tb_future *f); /* create-via-load */
 void tb_weights_unload(struct tb_future *f);
 bool tb_weights_is_ephemeral(const struct tb_op *op);
+
+/* ---- loss.c */
+int tb_loss_submit(struct tb_core *c, struct tb_op *op, struct tb_ticket *out, bool *kept,
+                   struct tb_error *err);
+/* The engine's number of the custom loss that a training op names, 0 when it names none. */
+int tb_loss_of_op(const struct tb_core_session *s, const struct tb_op *op, uint64_t *engine_id,
+                  struct tb_error *err);
+void tb_losses_end(struct tb_core_session *s);
 
 /* ---- sampler.c */
 struct tb_core_sampler *tb_sampler_find(const struct tb_core *c, const char *id);

@@ -121,12 +121,14 @@ static bool copy_outputs(struct tb_op *to, const struct tb_op *from)
     return true;
 }
 
-/* A training op holds its batch, many times the size of its result; results stay for minutes. So a
- * big one is replaced by an op with the result alone (no data: n_data is 0). */
+/* A training op holds its batch, many times the size of its result, and a custom loss its graph;
+ * results stay for minutes. So a big one is replaced by an op with the result alone (no data:
+ * n_data is 0). */
 static void compact(struct tb_future *f)
 {
     struct tb_op *old = f->op;
-    if (old->type != TB_OP_FORWARD && old->type != TB_OP_FORWARD_BACKWARD) return;
+    bool loss = old->type == TB_OP_CREATE_CUSTOM_LOSS;
+    if (!loss && old->type != TB_OP_FORWARD && old->type != TB_OP_FORWARD_BACKWARD) return;
     if (old->arena.total < TB_COMPACT_BYTES) return;
     struct tb_op *op = tb_op_create(old->type);
     op->session_id = dup_text(&op->arena, old->session_id);
@@ -134,9 +136,14 @@ static void compact(struct tb_future *f)
     op->seq_id = old->seq_id;
     op->error = old->error;
     op->owner = f;
-    op->u.forward_backward.loss_fn = dup_text(&op->arena, old->u.forward_backward.loss_fn);
-    op->u.forward_backward.forward_only = old->u.forward_backward.forward_only;
-    if (!copy_outputs(op, old)) {
+    if (loss) {
+        op->u.create_custom_loss.seq_id = old->u.create_custom_loss.seq_id;
+        op->result.loss_id = dup_text(&op->arena, old->result.loss_id);
+    } else {
+        op->u.forward_backward.loss_fn = dup_text(&op->arena, old->u.forward_backward.loss_fn);
+        op->u.forward_backward.forward_only = old->u.forward_backward.forward_only;
+    }
+    if (!loss && !copy_outputs(op, old)) {
         tb_op_destroy(op); /* no memory for a second copy: keep the first */
         return;
     }
@@ -260,7 +267,7 @@ static bool all_digits(const char *p, size_t n)
     return true;
 }
 
-/* sess-XXXXXXXXXXXXXXXX:train:N:create, ...:train:N:M or ...:sample:N:M */
+/* sess-XXXXXXXXXXXXXXXX:train:N:create, ...:train:N:M, ...:loss:N:create or ...:sample:N:M */
 bool tb_request_id_well_formed(const char *id, size_t n)
 {
     const size_t ns = sizeof("sess-") - 1 + TB_SESSION_ID_CHARS;
@@ -276,9 +283,10 @@ bool tb_request_id_well_formed(const char *id, size_t n)
     }
     if (p != end || !all_digits(part[1], len[1])) return false;
     struct tb_span kind = {part[0], len[0]}, last = {part[2], len[2]};
-    bool train = tb_span_eq(kind, "train");
-    if (!train && !tb_span_eq(kind, "sample")) return false;
-    return all_digits(last.p, last.n) || (train && tb_span_eq(last, "create"));
+    bool train = tb_span_eq(kind, "train"), loss = tb_span_eq(kind, "loss");
+    if (!train && !loss && !tb_span_eq(kind, "sample")) return false;
+    if (tb_span_eq(last, "create")) return train || loss;
+    return !loss && all_digits(last.p, last.n);
 }
 
 bool tb_sampler_id_well_formed(const char *id)

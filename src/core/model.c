@@ -45,12 +45,13 @@ static void compute_done(struct tb_future *f, struct tb_task *t)
     tb_model_op_done(f);
 }
 
-static void start_compute(struct tb_future *f)
+static void start_compute(struct tb_future *f, uint64_t loss_id)
 {
     struct tb_core_model *m = f->model;
     bool optim = f->op->type == TB_OP_OPTIM_STEP;
     struct tb_task *t = tb_core_task(optim ? TB_TASK_OPTIM : TB_TASK_TRAIN, m->engine_model);
     t->adapter_id = m->adapter_id;
+    t->loss_id = loss_id;
     t->op = f->op;
     tb_core_run(f, t, compute_done);
 }
@@ -65,14 +66,14 @@ static bool other_optimizer(const struct tb_op *op, struct tb_error *e)
 }
 
 /* Starts the op at the head of the queue; false if it must wait. */
-static bool start_head(struct tb_core_model *m, struct tb_future *f)
+static bool start_head(struct tb_core_model *m, struct tb_future *f, uint64_t loss_id)
 {
     switch (f->op->type) {
     case TB_OP_FORWARD:
     case TB_OP_FORWARD_BACKWARD:
     case TB_OP_OPTIM_STEP:
         start(f);
-        start_compute(f);
+        start_compute(f, loss_id);
         return true;
     case TB_OP_SAVE_WEIGHTS:
     case TB_OP_SAVE_WEIGHTS_FOR_SAMPLER:
@@ -117,11 +118,12 @@ void tb_model_pump(struct tb_core_model *m)
     while (!tb_list_empty(&m->ready) && !m->barrier) {
         struct tb_future *f = TB_LIST_ENTRY(m->ready.next, struct tb_future, in_queue);
         struct tb_error e;
+        uint64_t loss_id = 0;
         if (f->op->error.code)
             tb_future_finish(f); /* refused by the decoder: it only keeps its place */
-        else if (other_optimizer(f->op, &e))
+        else if (other_optimizer(f->op, &e) || tb_loss_of_op(m->session, f->op, &loss_id, &e))
             tb_future_fail(f, &e);
-        else if (!start_head(m, f))
+        else if (!start_head(m, f, loss_id))
             return;
     }
 }

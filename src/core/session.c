@@ -26,6 +26,7 @@ struct tb_core_session *tb_session_create(struct tb_core *c, const struct tb_ses
     tb_list_init(&s->futures);
     tb_list_init(&s->models);
     tb_list_init(&s->samplers);
+    tb_list_init(&s->losses);
     tb_list_push(&c->sessions, &s->node);
     tb_map_put(&c->session_map, s->id, strlen(s->id), s);
     if (p && p->idempotency_key) {
@@ -133,6 +134,7 @@ void tb_session_end(struct tb_core_session *s, const char *status, const char *r
         tb_model_end(TB_LIST_ENTRY(n, struct tb_core_model, in_session), message);
     TB_LIST_FOREACH_SAFE (n, tmp, &s->samplers)
         tb_sampler_end(TB_LIST_ENTRY(n, struct tb_core_sampler, in_session), message);
+    tb_losses_end(s);
 }
 
 int tb_core_finish_session(struct tb_core *c, const char *session_id, const char *reason,

@@ -24,6 +24,8 @@
 #define TB_MAX_DATUM_TOKENS       (1 << 20)  /* tokens of one datum, before the model's own limit */
 #define TB_MAX_TARGETS_K          4096       /* targets per position */
 #define TB_MAX_LOSS_INPUTS        64
+#define TB_MAX_LOSS_TEXT          (4 << 20) /* a custom loss as JSON */
+#define TB_MAX_SESSION_LOSSES     256
 #define TB_MAX_INFLATE_RATIO_BODY (1ull << 30) /* bytes of a decompressed body, hard bound */
 
 /* Names and ids */

@@ -26,7 +26,7 @@ void tb_tinker_client_config(struct tb_api *a, struct tb_http_request *req,
     tb_jout_int(&j, "fwdbwd_max_chunk_bytes_count", (int64_t)chunk);
     tb_jout_int(&j, "fwdbwd_dispatch_bytes_semaphore_size", DISPATCH_BYTES);
     tb_jout_bool(&j, "sample_use_retrieve_futures", true);
-    tb_jout_bool(&j, "custom_loss_server_side", false);
+    tb_jout_bool(&j, "custom_loss_server_side", true);
     tb_jout_bool(&j, "sample_join_sampling_session", true);
     tb_jout_object_end(&j);
     tb_api_answer(req, 200, &b);

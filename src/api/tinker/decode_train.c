@@ -182,6 +182,32 @@ int tb_tinker_decode_forward_backward(const struct tb_body *b, struct tb_op **ou
                       rest_forward_backward, out, err);
 }
 
+/* ---- create_custom_loss: the engine checks the graph, and the future fails with what it says */
+
+static int address_loss(const struct tb_json *root, struct tb_op *op, struct tb_error *err)
+{
+    int rc = tb_json_id(root, "session_id", true, &op->arena, &op->session_id, err);
+    return rc ? rc
+              : tb_json_int(root, "custom_loss_seq_id", true, 0, INT64_MAX,
+                            &op->u.create_custom_loss.seq_id, err);
+}
+
+static int rest_loss(const struct tb_json *root, struct tb_op *op, struct tb_error *err)
+{
+    struct tb_create_custom_loss *l = &op->u.create_custom_loss;
+    int rc = tb_json_string(root, "name", true, &op->arena, 1024, &l->name, err);
+    if (rc == 0) rc = tb_json_as_text(root, &op->arena, TB_MAX_LOSS_TEXT, &l->text, err);
+    if (rc == 0) l->n_text = strlen(l->text);
+    return rc;
+}
+
+int tb_tinker_decode_create_custom_loss(const struct tb_body *b, struct tb_op **out,
+                                        struct tb_error *err)
+{
+    return tb_json_op(b, TB_OP_CREATE_CUSTOM_LOSS, "create_custom_loss", address_loss, rest_loss,
+                      out, err);
+}
+
 /* ---- optim_step */
 
 static int decode_beta(const struct tb_json *p, const char *key, double *out, struct tb_error *err)

@@ -135,6 +135,7 @@ void tb_encode_result_json(const struct tb_op *op, bool tinkex, struct tb_json_o
     case TB_OP_UNLOAD_MODEL:
         tb_jout_str(j, "model_id", r->model_id ? r->model_id : op->model_id);
         break;
+    case TB_OP_CREATE_CUSTOM_LOSS: tb_jout_str(j, "loss_id", r->loss_id); break;
     default: /* the saves and loads */
         put_path(j, op, tinkex);
         if (r->model_id) tb_jout_str(j, "model_id", r->model_id);

@@ -47,6 +47,7 @@ static const struct tb_route ROUTES[] = {
     GET(V1 "sessions/{}", tb_tinker_get_session),
 
     POST(V1 "create_model", tb_tinker_create_model),
+    POST(V1 "create_custom_loss", tb_tinker_create_custom_loss),
     POST(V1 "unload_model", tb_tinker_unload_model),
     POST(V1 "get_info", tb_tinker_get_info),
 

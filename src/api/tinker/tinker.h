@@ -26,6 +26,8 @@ int tb_tinker_decode_create_model(const struct tb_body *b, struct tb_op **out,
 int tb_tinker_decode_forward(const struct tb_body *b, struct tb_op **out, struct tb_error *err);
 int tb_tinker_decode_forward_backward(const struct tb_body *b, struct tb_op **out,
                                       struct tb_error *err);
+int tb_tinker_decode_create_custom_loss(const struct tb_body *b, struct tb_op **out,
+                                        struct tb_error *err);
 int tb_tinker_decode_optim_step(const struct tb_body *b, struct tb_op **out, struct tb_error *err);
 int tb_tinker_decode_save_weights(const struct tb_body *b, struct tb_op **out,
                                   struct tb_error *err);
@@ -113,6 +115,7 @@ TB_HANDLER(tb_tinker_get_session);
 TB_HANDLER(tb_tinker_create_model); /* train.c */
 TB_HANDLER(tb_tinker_unload_model);
 TB_HANDLER(tb_tinker_get_info);
+TB_HANDLER(tb_tinker_create_custom_loss);
 TB_HANDLER(tb_tinker_forward);
 TB_HANDLER(tb_tinker_forward_backward);
 TB_HANDLER(tb_tinker_optim_step);

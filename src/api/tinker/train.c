@@ -10,6 +10,13 @@ void tb_tinker_create_model(struct tb_api *a, struct tb_http_request *req,
     tb_tinker_submit(a, req, tb_tinker_decode_create_model);
 }
 
+void tb_tinker_create_custom_loss(struct tb_api *a, struct tb_http_request *req,
+                                  const struct tb_route_match *m)
+{
+    (void)m;
+    tb_tinker_submit(a, req, tb_tinker_decode_create_custom_loss);
+}
+
 void tb_tinker_unload_model(struct tb_api *a, struct tb_http_request *req,
                             const struct tb_route_match *m)
 {

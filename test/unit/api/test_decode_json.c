@@ -56,6 +56,7 @@ static void assert_bad(const struct bad *c)
 #define FWD     tb_tinker_decode_forward
 #define FB      tb_tinker_decode_forward_backward
 #define OPTIM   tb_tinker_decode_optim_step
+#define LOSS    tb_tinker_decode_create_custom_loss
 #define SAVE    tb_tinker_decode_save_weights
 #define SAMPLER tb_tinker_decode_save_sampler
 #define EXT     tb_tinker_decode_save_external
@@ -151,6 +152,21 @@ static void test_optim(void **state)
               "{" M ",\"type\":\"optim_step\",\"adam_params\":{\"learning_rate\":0,\"beta1\":0,"
               "\"beta2\":0.5,\"eps\":1,\"weight_decay\":0.1,\"grad_clip_norm\":1}}");
     assert_true(op->u.optim_step.grad_clip_norm == 1 && op->u.optim_step.beta2 == 0.5);
+    tb_op_destroy(op);
+}
+
+static void test_custom_loss(void **state)
+{
+    (void)state;
+    struct tb_op *op = good(
+        LOSS, "{\"session_id\":\"s\",\"custom_loss_seq_id\":3,\"name\":\"mine\",\"inputs\":[ ],"
+              "\"graph\":{\"format\":1, \"nodes\":[1.5]},\"type\":\"create_custom_loss\"}");
+    const struct tb_create_custom_loss *l = &op->u.create_custom_loss;
+    assert_string_equal(op->session_id, "s");
+    assert_int_equal(l->seq_id, 3);
+    assert_string_equal(l->name, "mine");
+    assert_non_null(strstr(l->text, "\"graph\":{\"format\":1,\"nodes\":[1.5]}"));
+    assert_int_equal(l->n_text, strlen(l->text));
     tb_op_destroy(op);
 }
 
@@ -297,6 +313,13 @@ static const struct bad CASES[] = {
     {OPTIM, "{" M "}", false, TB_EINVAL, "adam_params: required, but absent"},
     {OPTIM, "{" M ",\"type\":\"optim\",\"adam_params\":{}}", false, TB_EINVAL,
      "type: \"optim\" is not \"optim_step\""},
+    {LOSS, "{}", true, TB_EINVAL, "session_id: required, but absent"},
+    {LOSS, "{\"session_id\":\"s\"}", true, TB_EINVAL, "custom_loss_seq_id: required, but absent"},
+    {LOSS, "{\"session_id\":\"s\",\"custom_loss_seq_id\":0}", true, TB_EINVAL,
+     "name: required, but absent"},
+    {LOSS,
+     "{\"session_id\":\"s\",\"custom_loss_seq_id\":0,\"name\":\"n\",\"type\":\"create_loss\"}",
+     true, TB_EINVAL, "type: \"create_loss\" is not \"create_custom_loss\""},
     {OPTIM, "{" M ",\"adam_params\":{\"learning_rate\":-1}}", false, TB_EINVAL,
      "adam_params.learning_rate: -1 is less than 0"},
     {OPTIM, "{" M ",\"adam_params\":{\"learning_rate\":\"1e-4\"}}", false, TB_EINVAL,
@@ -518,10 +541,11 @@ static void test_mutations(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_create), cmocka_unit_test(test_forward_backward),
-        cmocka_unit_test(test_optim),  cmocka_unit_test(test_weights),
-        cmocka_unit_test(test_sample), cmocka_unit_test(test_bad),
-        cmocka_unit_test(test_names),  cmocka_unit_test(test_mutations),
+        cmocka_unit_test(test_create),      cmocka_unit_test(test_forward_backward),
+        cmocka_unit_test(test_optim),       cmocka_unit_test(test_weights),
+        cmocka_unit_test(test_custom_loss), cmocka_unit_test(test_sample),
+        cmocka_unit_test(test_bad),         cmocka_unit_test(test_names),
+        cmocka_unit_test(test_mutations),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

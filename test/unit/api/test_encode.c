@@ -222,6 +222,9 @@ static void test_other_results(void **state)
     assert_json(op, "{\"model_id\":\"s:train:0\",\"type\":\"create_model\"}");
     op->type = TB_OP_UNLOAD_MODEL;
     assert_json(op, "{\"model_id\":\"s:train:0\",\"type\":\"unload_model\"}");
+    op->type = TB_OP_CREATE_CUSTOM_LOSS;
+    op->result.loss_id = "s:loss:0";
+    assert_json(op, "{\"loss_id\":\"s:loss:0\",\"type\":\"create_custom_loss\"}");
     op->type = TB_OP_SAVE_WEIGHTS;
     op->result.path = "tinker://s:train:0/weights/a";
     assert_json(op, "{\"path\":\"tinker://s:train:0/weights/a\",\"type\":\"save_weights\"}");

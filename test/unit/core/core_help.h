@@ -28,7 +28,7 @@ struct waited {
     double metric;
     int32_t cached;
     bool same_op;
-    char path[400], model[100], sampler[100], queue[40], reason[100];
+    char path[400], model[100], sampler[100], loss[100], queue[40], reason[100];
 };
 
 static inline void copy_text(char *out, size_t n, const char *s)
@@ -54,6 +54,7 @@ static inline void on_wait(struct tb_waiter *w, enum tb_future_state state, cons
     copy_text(a->path, sizeof(a->path), op->result.path);
     copy_text(a->model, sizeof(a->model), op->result.model_id);
     copy_text(a->sampler, sizeof(a->sampler), op->result.sampling_session_id);
+    copy_text(a->loss, sizeof(a->loss), op->result.loss_id);
 }
 
 static inline void wait_on(struct env *e, const char *id, struct waited *a)
@@ -122,6 +123,7 @@ static inline void env_close(struct env *e)
     assert_int_equal(fake_waiting(e->engine), 0);
     assert_int_equal(fake_adapters(e->engine), 0);
     assert_int_equal(fake_versions(e->engine), 0);
+    assert_int_equal(fake_losses(e->engine), 0);
     fake_engine_destroy(e->engine);
     store_close(&e->loop, e->store);
 }

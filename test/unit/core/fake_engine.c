@@ -16,8 +16,14 @@ struct version {
     int64_t param;
 };
 
+struct loss {
+    struct tb_list node;
+    uint64_t id;
+    int64_t length; /* of its text */
+};
+
 struct tb_engine {
-    struct tb_list tasks, adapters, versions;
+    struct tb_list tasks, adapters, versions, losses;
     struct tb_task *begun;
     size_t done[TB_TASK_SAMPLE + 1];
 };
@@ -41,6 +47,7 @@ struct tb_engine *fake_engine_create(void)
     tb_list_init(&e->tasks);
     tb_list_init(&e->adapters);
     tb_list_init(&e->versions);
+    tb_list_init(&e->losses);
     return e;
 }
 
@@ -59,6 +66,8 @@ void fake_engine_destroy(struct tb_engine *e)
         tb_free(TB_LIST_ENTRY(n, struct adapter, node));
     for (struct tb_list *n; (n = tb_list_pop(&e->versions));)
         tb_free(TB_LIST_ENTRY(n, struct version, node));
+    for (struct tb_list *n; (n = tb_list_pop(&e->losses));)
+        tb_free(TB_LIST_ENTRY(n, struct loss, node));
     tb_free(e);
 }
 
@@ -83,6 +92,11 @@ size_t fake_adapters(const struct tb_engine *e)
 size_t fake_versions(const struct tb_engine *e)
 {
     return length(&e->versions);
+}
+
+size_t fake_losses(const struct tb_engine *e)
+{
+    return length(&e->losses);
 }
 
 size_t fake_done(const struct tb_engine *e, enum tb_task_type type)
@@ -113,6 +127,35 @@ static struct version *find_version(struct tb_engine *e, uint64_t id)
     }
     fail_msg("version %llu does not live", (unsigned long long)id);
     return NULL;
+}
+
+static struct loss *find_loss(struct tb_engine *e, uint64_t id)
+{
+    TB_LIST_FOREACH (it, &e->losses) {
+        struct loss *l = TB_LIST_ENTRY(it, struct loss, node);
+        if (l->id == id) return l;
+    }
+    return NULL;
+}
+
+static void add_loss(struct tb_engine *e, const struct tb_task *t)
+{
+    const struct tb_create_custom_loss *c = &t->op->u.create_custom_loss;
+    if (!strcmp(c->text, "bad")) {
+        tb_error_set(&t->op->error, TB_EUNSUPPORTED, "a bad graph");
+        return;
+    }
+    struct loss *l = tb_calloc(1, sizeof(*l));
+    l->id = t->loss_id;
+    l->length = (int64_t)c->n_text;
+    tb_list_push(&e->losses, &l->node);
+}
+
+static void free_loss(struct loss *l)
+{
+    if (!l) return; /* its creation failed */
+    tb_list_del(&l->node);
+    tb_free(l);
 }
 
 static struct adapter *add_adapter(struct tb_engine *e, const struct tb_task *t)
@@ -204,7 +247,12 @@ static void execute(struct tb_engine *e, struct tb_task *t)
         tb_list_del(&a->node);
         tb_free(a);
         break;
-    case TB_TASK_TRAIN: train(find_adapter(e, t->adapter_id), t->op); break;
+    case TB_TASK_TRAIN:
+        train(find_adapter(e, t->adapter_id), t->op);
+        if (t->loss_id) metric(t->op, (double)find_loss(e, t->loss_id)->length);
+        break;
+    case TB_TASK_LOSS_CREATE: add_loss(e, t); break;
+    case TB_TASK_LOSS_FREE: free_loss(find_loss(e, t->loss_id)); break;
     case TB_TASK_OPTIM:
         a = find_adapter(e, t->adapter_id);
         a->param = fake_next_param(a->param, a->grad);

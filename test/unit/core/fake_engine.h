@@ -5,7 +5,9 @@
  * shows in every result. A version is a copy of that number; a sample reports it as
  * prompt_cache_hit_tokens (base model: -1).
  *
- * Failures on order: loss_fn "fail" fails its op, rank 13 fails creation.
+ * A custom loss is the length of its text, which is the metric of the training ops that use it.
+ *
+ * Failures on order: loss_fn "fail" fails its op, rank 13 fails creation, the text "bad" a loss.
  */
 #ifndef TEST_FAKE_ENGINE_H
 #define TEST_FAKE_ENGINE_H
@@ -24,6 +26,7 @@ size_t fake_waiting(const struct tb_engine *e);
 size_t fake_waiting_of(const struct tb_engine *e, enum tb_task_type type);
 size_t fake_adapters(const struct tb_engine *e);
 size_t fake_versions(const struct tb_engine *e);
+size_t fake_losses(const struct tb_engine *e);
 size_t fake_done(const struct tb_engine *e, enum tb_task_type type);
 int64_t fake_next_param(int64_t param, int64_t grad);
 

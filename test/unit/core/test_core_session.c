@@ -68,6 +68,8 @@ static void test_unknown_ids(void **state)
         {"sess-0123456789abcdef:train:0:create", TB_FUTURE_GONE},
         {"sess-0123456789abcdef:sample:3:1000000000000000000", TB_FUTURE_GONE},
         {"sess-0123456789abcdef:sample:3:create", TB_FUTURE_UNKNOWN},
+        {"sess-0123456789abcdef:loss:3:create", TB_FUTURE_GONE},
+        {"sess-0123456789abcdef:loss:3:1", TB_FUTURE_UNKNOWN},
         {"sess-0123456789abcdef:train:0", TB_FUTURE_UNKNOWN},
         {"sess-0123456789abcdef:train:0:1:2", TB_FUTURE_UNKNOWN},
         {"sess-0123456789abcdef:train:x:1", TB_FUTURE_UNKNOWN},
