@@ -221,11 +221,19 @@ static int go_back(struct tb_grun *r, struct tb_graph_run *run)
     return 0;
 }
 
+/* Enough for thousands of operations on n logprobs, and hundreds on pairs of them; a small datum
+ * gets little, because a request may have many. */
+static uint64_t work_for(uint64_t n)
+{
+    if (n >= 1 << 16) return TB_GRAPH_MAX_WORK;
+    return TB_MIN(TB_GRAPH_MAX_WORK, (1u << 22) + (n << 13) + (n * n << 8));
+}
+
 int tb_graph_eval(const struct tb_graph *g, struct tb_graph_run *run, struct tb_error *err)
 {
     struct tb_grun r = {.graph = g, .err = err};
     r.max_bytes = run->max_bytes ? run->max_bytes : TB_GRAPH_MAX_BYTES;
-    r.max_work = run->max_work ? run->max_work : TB_GRAPH_MAX_WORK;
+    r.max_work = run->max_work ? run->max_work : work_for((uint64_t)run->n * (uint64_t)run->k);
     tb_arena_init(&r.arena);
     r.values = tb_galloc(&r, g->n_nodes, sizeof(*r.values));
     for (r.node = 0; r.node < g->n_nodes && !r.rc; r.node++)

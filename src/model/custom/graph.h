@@ -25,7 +25,7 @@
 #define TB_GRAPH_MAX_ARGS   (64 * 1024) /* values in all arguments of a graph */
 #define TB_GRAPH_MAX_NAME   128
 #define TB_GRAPH_MAX_BYTES  (512ull << 20) /* memory of one evaluation */
-#define TB_GRAPH_MAX_WORK   (1ull << 30)   /* elementary steps of one evaluation */
+#define TB_GRAPH_MAX_WORK   (1ull << 30)   /* elementary steps of the largest evaluation */
 
 struct tb_graph;
 
@@ -51,7 +51,7 @@ struct tb_graph_run {
     int n, k;
     bool two_d;
     size_t max_bytes;  /* 0: TB_GRAPH_MAX_BYTES */
-    uint64_t max_work; /* 0: TB_GRAPH_MAX_WORK */
+    uint64_t max_work; /* 0: by the number of logprobs, up to TB_GRAPH_MAX_WORK */
     /* results */
     double loss;
     double *metrics;   /* [tb_graph_n_metrics], the caller's */
