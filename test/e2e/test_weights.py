@@ -252,3 +252,43 @@ def test_ending_a_session(server):
     other = tinker.ServiceClient(base_url=server.url)
     assert other.create_training_client_from_state(path).result().get_info().lora_rank == 2
     other.close("success").result()
+
+
+def test_copies(service, server):
+    """A copy keeps the weights when the original is deleted, and is a run of its own."""
+    rest = tinker.RestClient(base_url=server.url)
+    client = service.create_lora_training_client("tiny", rank=4, seed=1).result()
+    steps(client, range(2))
+    want = forward_logprobs(client, tokens(9))
+    for path in (client.save_state("original").result().path, client.save_weights_for_sampler("sampler").result().path):
+        copy = rest.copy_weights(path, "a-project", ttl_seconds=7200).result()
+        assert copy != path and copy.split("/")[3] == path.split("/")[3]
+        rest.delete_checkpoint_from_tinker_path(path).result()
+        lps = service.create_sampling_client(model_path=copy).result().compute_logprobs(prompt(tokens(9))).result()
+        assert np.array_equal(np.array(lps[1:], np.float32), want)
+        assert rest.get_weights_info_by_tinker_path(copy).result().lora_rank == 4
+        row = {c.tinker_path: c for c in rest.list_user_checkpoints(limit=500).result().checkpoints}[copy]
+        assert row.expires_at is not None
+    with pytest.raises(Exception):
+        rest.copy_weights("tinker://no-such-run/weights/x", "a-project").result()
+
+
+def test_search_sessions(server):
+    rest = tinker.RestClient(base_url=server.url)
+    made = []
+    for i in range(3):
+        s = tinker.ServiceClient(base_url=server.url, user_metadata={"hunt": str(i % 2)}, display_name=f"Blue Whale {i}")
+        run = s.create_lora_training_client("tiny", rank=1).result()
+        made.append((run.get_info().model_id.split(":")[0], s))
+    assert [x.session_id for x in rest.search_sessions(types.SessionSearchRequest(session_id=made[0][0])).result().sessions] == \
+        [made[0][0]]
+    by_name = rest.search_sessions(types.SessionSearchRequest(display_name="whale blue")).result().sessions
+    assert [x.session_id for x in by_name] == [m[0] for m in made[::-1]]
+    by_data = rest.search_sessions(types.SessionSearchRequest(display_name="whale", user_metadata={"hunt": "0"})).result()
+    assert {x.session_id for x in by_data.sessions} == {made[0][0], made[2][0]}
+    page = rest.search_sessions(types.SessionSearchRequest(display_name="whale", limit=2)).result()
+    assert len(page.sessions) == 2 and page.next_cursor is not None
+    rest_page = rest.search_sessions(types.SessionSearchRequest(display_name="whale", limit=2, cursor=page.next_cursor)).result()
+    assert [x.session_id for x in rest_page.sessions] == [made[0][0]]
+    for _, s in made:
+        s.close("success").result()
