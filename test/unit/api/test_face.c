@@ -699,6 +699,26 @@ static void test_archive(void **state)
         uv_run(&loop, UV_RUN_NOWAIT);
 }
 
+static void test_copies_and_search(void **state)
+{
+    (void)state;
+    post("copy_weights", "{\"source_path\":\"tinker://none/weights/x\"}");
+    expect_part(404, "tinker://none/weights/x");
+    post("copy_weights", "{\"source_path\":\"tinker://a/weights/x\",\"session_id\":\"sess-1\"}");
+    expect_part(400, "go together");
+    post("sessions/search", "{\"display_name\":\"D\",\"limit\":1}");
+    expect(
+        200,
+        "{\"sessions\":[{\"session_id\":\"sess-1\",\"created_at\":\"1970-01-01T00:00:01.000000Z\","
+        "\"owner\":\"local\",\"project_id\":\"default\",\"status\":{\"type\":\"active\"},"
+        "\"checkpoints_count\":0,\"checkpoint_storage_bytes\":0,\"display_name\":\"d\","
+        "\"user_metadata\":{\"a\":\"1\"}}]}");
+    get("audit");
+    expect(200, "{\"entries\":[]}");
+    post("auth/token", "{}");
+    expect_part(404, "send the API key itself");
+}
+
 static void test_batch(void **state)
 {
     (void)state;
@@ -770,6 +790,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_future_pending, set_up, tear_down_unwaited),
         T(test_future_metadata),
         T(test_batch),
+        T(test_copies_and_search),
         T(test_sampling_sessions),
         T(test_runs),
         T(test_checkpoints),
