@@ -108,8 +108,8 @@ void tb_core_compute_stats(const struct tb_core *c, struct tb_compute_stats *out
     struct tb_engine_stats e = {0};
     tb_engine_stats(c->engine, &e);
     *out = (struct tb_compute_stats){.train_tokens = e.train_tokens,
-                                     .prefill_tokens = e.prefill_tokens,
-                                     .decode_tokens = e.decode_tokens,
+                                     .sample_positions = e.prefill_tokens + e.decode_tokens,
+                                     .sampled_tokens = c->sampled_tokens,
                                      .steps = e.steps,
                                      .tasks_waiting = e.waiting,
                                      .tasks_running = e.running,

@@ -181,9 +181,12 @@ struct tb_core_stats {
 };
 void tb_core_stats(const struct tb_core *c, struct tb_core_stats *out);
 
-/* The engine's counters, for faces. */
+/* What was computed, for faces. */
 struct tb_compute_stats {
-    uint64_t train_tokens, prefill_tokens, decode_tokens, steps, tasks_waiting, tasks_running;
+    uint64_t train_tokens;
+    uint64_t sample_positions; /* of prompts and of what was sampled, without what a cache held */
+    uint64_t sampled_tokens;   /* in results */
+    uint64_t steps, tasks_waiting, tasks_running;
     uint64_t busy_us;
 };
 void tb_core_compute_stats(const struct tb_core *c, struct tb_compute_stats *out);

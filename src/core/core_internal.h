@@ -187,6 +187,7 @@ struct tb_core {
     size_t queued_bytes, held_bytes;
     uint64_t next_adapter, next_version, next_loss, next_anonymous;
     struct tb_core_stats stats;
+    uint64_t sampled_tokens;
     char scratch[TB_ID_BYTES];
 
     uv_timer_t wait_timer, feed_timer, tick_timer;

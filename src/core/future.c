@@ -204,6 +204,8 @@ void tb_future_finish(struct tb_future *f)
         c->stats.failed[f->op->type]++;
     else
         c->stats.executed[f->op->type]++;
+    for (int32_t i = 0; f->op->type == TB_OP_SAMPLE && i < f->op->result.n_sequences; i++)
+        c->sampled_tokens += (uint64_t)f->op->result.sequences[i].n;
     compact(f);
     f->held_bytes = f->op->arena.total;
     c->held_bytes += f->held_bytes;

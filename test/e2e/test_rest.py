@@ -123,7 +123,9 @@ def test_many_samples_with_one_poll(service, raw):
     after = metrics(raw)
     assert after["tinkerbell_futures_done"] <= before["tinkerbell_futures_done"] + 5
     assert after['tinkerbell_ops_executed_total{type="sample"}'] - before['tinkerbell_ops_executed_total{type="sample"}'] == 301
-    assert after["tinkerbell_prefill_tokens_total"] > before["tinkerbell_prefill_tokens_total"]
+    sampled = sum(len(r.sequences[0].tokens) for r in [*results, alone])
+    assert after["tinkerbell_sampled_tokens_total"] - before["tinkerbell_sampled_tokens_total"] == sampled
+    assert after["tinkerbell_sample_positions_total"] > before["tinkerbell_sample_positions_total"] + sampled
     assert after["tinkerbell_http_requests_total"] > before["tinkerbell_http_requests_total"] + 600
 
 

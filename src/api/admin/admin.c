@@ -49,8 +49,9 @@ static void put_compute(struct tb_buf *b, const struct tb_core *core)
     put_gauge(b, "tasks_waiting", "Tasks that the models have not begun.", s.tasks_waiting);
     put_gauge(b, "tasks_running", "Tasks being computed.", s.tasks_running);
     put_counter(b, "train_tokens_total", "Tokens of training passes.", s.train_tokens);
-    put_counter(b, "prefill_tokens_total", "Tokens of prompts computed.", s.prefill_tokens);
-    put_counter(b, "decode_tokens_total", "Tokens sampled.", s.decode_tokens);
+    put_counter(b, "sample_positions_total", "Positions computed for samples, prompts included.",
+                s.sample_positions);
+    put_counter(b, "sampled_tokens_total", "Tokens sampled.", s.sampled_tokens);
     put_counter(b, "steps_total", "Passes through a model.", s.steps);
     put_type(b, "busy_seconds_total", "counter", "Time spent computing, summed over models.");
     tb_buf_printf(b, "tinkerbell_busy_seconds_total %llu.%06llu\n",

@@ -158,7 +158,7 @@ int tb_core_join_sampling_session(struct tb_core *c, const char *sampler, int64_
 void tb_core_compute_stats(const struct tb_core *c, struct tb_compute_stats *out)
 {
     (void)c;
-    *out = (struct tb_compute_stats){.decode_tokens = 11, .busy_us = 2500000};
+    *out = (struct tb_compute_stats){.sampled_tokens = 11, .busy_us = 2500000};
 }
 
 struct tb_store *tb_core_store(struct tb_core *c)

@@ -235,7 +235,8 @@ static void test_keys(void **state)
     expect_part(200, "tinkerbell_ops_submitted_total{type=\"sample\"} 3\n");
     expect_part(200, "tinkerbell_info{version=\"9.9\"} 1\n");
     expect_part(
-        200, "# TYPE tinkerbell_decode_tokens_total counter\ntinkerbell_decode_tokens_total 11\n");
+        200,
+        "# TYPE tinkerbell_sampled_tokens_total counter\ntinkerbell_sampled_tokens_total 11\n");
     expect_part(200, "tinkerbell_busy_seconds_total 2.500000\n");
     expect_part(200, "# HELP tinkerbell_http_requests_total ");
 }
