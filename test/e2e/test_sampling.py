@@ -296,3 +296,15 @@ def test_parallel_samples_equal_serial_ones(sampler):
     for i in range(0, 64, 9):
         alone = one(sampler, prompts[i], max_tokens=6 + i % 7, seed=i, stop=[])
         assert (alone.tokens, alone.logprobs) == (together[i].tokens, together[i].logprobs), i
+
+
+def test_prompt_cache(client):
+    """A prompt seen before under the same weights is not computed again, and gives the same numbers."""
+    sampler = client.save_weights_and_get_sampling_client().result()
+    ids = tokens(100, 77)
+    first = sampler.sample(prompt(ids), 1, Params(max_tokens=8, seed=1, stop=[])).result()
+    again = sampler.sample(prompt(ids), 1, Params(max_tokens=8, seed=1, stop=[])).result()
+    assert not first.prompt_cache_hit_tokens
+    assert again.prompt_cache_hit_tokens == 96
+    assert again.sequences[0].tokens == first.sequences[0].tokens
+    assert again.sequences[0].logprobs == first.sequences[0].logprobs
