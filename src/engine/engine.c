@@ -154,8 +154,7 @@ void tb_engine_stats(const struct tb_engine *e, struct tb_engine_stats *out)
     for (int i = 0; i <= TB_TASK_SAMPLE; i++)
         out->tasks_done[i] = atomic_load_explicit(&s->tasks_done[i], memory_order_relaxed);
     out->train_tokens = atomic_load_explicit(&s->train_tokens, memory_order_relaxed);
-    out->prefill_tokens = atomic_load_explicit(&s->sample_rows, memory_order_relaxed);
-    out->decode_tokens = atomic_load_explicit(&s->decode_tokens, memory_order_relaxed);
+    out->sample_rows = atomic_load_explicit(&s->sample_rows, memory_order_relaxed);
     out->steps = atomic_load_explicit(&s->steps, memory_order_relaxed);
     out->busy_us = atomic_load_explicit(&s->busy_us, memory_order_relaxed);
     out->waiting = atomic_load_explicit(&s->waiting, memory_order_relaxed);

@@ -102,7 +102,7 @@ void tb_engine_cancel(struct tb_engine *e, struct tb_task *task);
 
 struct tb_engine_stats {
     uint64_t tasks_done[TB_TASK_SAMPLE + 1];
-    uint64_t train_tokens, prefill_tokens, decode_tokens, steps;
+    uint64_t train_tokens, sample_rows, steps; /* sample_rows: prompt and decoding rows computed */
     uint64_t waiting, running;
     uint64_t busy_us;
 };

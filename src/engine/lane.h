@@ -42,7 +42,7 @@ struct lane_loss {
 
 struct lane_stats {
     _Atomic uint64_t tasks_done[TB_TASK_SAMPLE + 1];
-    _Atomic uint64_t train_tokens, sample_rows, decode_tokens, steps, busy_us;
+    _Atomic uint64_t train_tokens, sample_rows, steps, busy_us;
     _Atomic uint64_t waiting, running;
 };
 
