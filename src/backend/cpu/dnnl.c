@@ -2,6 +2,7 @@
 #include "backend/cpu/dnnl.h"
 
 #include <oneapi/dnnl/dnnl.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -30,6 +31,8 @@ struct own {
 struct tb_dnnl {
     enum tb_dtype act;
     dnnl_engine_t engine;
+    pthread_mutex_t
+        making; /* one primitive at a time: the library shares its parts between threads */
     int n_threads;
     struct own own[];
 };
@@ -44,6 +47,7 @@ struct tb_dnnl *tb_dnnl_create(enum tb_dtype act, int n_threads)
         free(d);
         return NULL;
     }
+    pthread_mutex_init(&d->making, NULL);
     return d;
 }
 
@@ -67,6 +71,7 @@ void tb_dnnl_destroy(struct tb_dnnl *d)
         if (o->stream) dnnl_stream_destroy(o->stream);
     }
     dnnl_engine_destroy(d->engine);
+    pthread_mutex_destroy(&d->making);
     free(d);
 }
 
@@ -140,7 +145,9 @@ static struct slot *slot_find(struct tb_dnnl *d, struct own *o, int k, int cols,
     struct slot *s = &o->slots[at];
     slot_free(s);
     *s = (struct slot){.k = k, .cols = cols, .ldx = ldx, .ldy = ldy};
+    pthread_mutex_lock(&d->making);
     slot_make(d, s);
+    pthread_mutex_unlock(&d->making);
     return s;
 }
 
