@@ -57,21 +57,13 @@ static void lane_on_closed(uv_handle_t *h)
     if (cb) cb(arg);
 }
 
-static bool lane_inbox_empty(struct tb_lane *l)
-{
-    uv_mutex_lock(&l->inbox.lock);
-    bool empty = tb_list_empty(&l->inbox.list);
-    uv_mutex_unlock(&l->inbox.lock);
-    return empty;
-}
-
 static void lane_after_work(uv_work_t *w, int status)
 {
     struct tb_lane *l = w->data;
     l->working = false;
     lane_flush(l);
     if (l->working) return; /* a callback submitted and restarted the work */
-    if (!lane_inbox_empty(l)) {
+    if (!tb_mailbox_empty(&l->inbox)) {
         lane_kick(l);
         return;
     }

@@ -432,12 +432,7 @@ void lane_run(struct tb_lane *l)
         } while (trained && l->sample_ns < l->train_ns &&
                  !atomic_load_explicit(&l->closing, memory_order_relaxed));
         if (!trained || !sampled) l->train_ns = l->sample_ns = 0;
-        if (!trained && !sampled) {
-            uv_mutex_lock(&l->inbox.lock);
-            bool empty = tb_list_empty(&l->inbox.list);
-            uv_mutex_unlock(&l->inbox.lock);
-            if (empty && tb_list_empty(&l->ready)) return;
-        }
+        if (!trained && !sampled && tb_list_empty(&l->ready) && tb_mailbox_empty(&l->inbox)) return;
     }
 }
 

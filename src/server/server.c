@@ -131,18 +131,13 @@ static int create_engine(tb_server_t *s, const tb_options_t *o, struct tb_error 
 
 static int create_api(tb_server_t *s, const tb_options_t *o, struct tb_error *err)
 {
-    const char *keys[TB_MAX_API_KEYS];
     if (o->n_api_keys < 0 || o->n_api_keys > TB_MAX_API_KEYS)
         return tb_error_set(err, TB_EINVAL, "%d API keys given; at most %d are accepted",
                             o->n_api_keys, TB_MAX_API_KEYS);
-    for (int i = 0; i < o->n_api_keys; i++)
-        keys[i] = keep(s, o->api_keys[i]);
-    s->call_key = o->n_api_keys ? keys[0] : NULL;
-    const char **kept = tb_arena_calloc(&s->strings, TB_MAX_API_KEYS, sizeof(keys[0]));
-    if (o->n_api_keys) memcpy(kept, keys, (size_t)o->n_api_keys * sizeof(keys[0]));
-    struct tb_api_options ao = {.api_keys = kept,
+    s->call_key = o->n_api_keys ? keep(s, o->api_keys[0]) : NULL;
+    struct tb_api_options ao = {.api_keys = o->api_keys,
                                 .n_api_keys = o->n_api_keys,
-                                .public_url = keep(s, o->public_url),
+                                .public_url = o->public_url,
                                 .loopback = true,
                                 .max_body = (size_t)o->max_body,
                                 .version = TB_VERSION};

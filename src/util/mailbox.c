@@ -35,3 +35,11 @@ bool tb_mailbox_drain(struct tb_mailbox *m, struct tb_list *out)
     uv_mutex_unlock(&m->lock);
     return any;
 }
+
+bool tb_mailbox_empty(struct tb_mailbox *m)
+{
+    uv_mutex_lock(&m->lock);
+    bool empty = tb_list_empty(&m->list);
+    uv_mutex_unlock(&m->lock);
+    return empty;
+}

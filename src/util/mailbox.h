@@ -21,6 +21,7 @@ int tb_mailbox_init(struct tb_mailbox *m); /* 0 or a libuv code */
 void tb_mailbox_fini(struct tb_mailbox *m);
 bool tb_mailbox_post(struct tb_mailbox *m,
                      struct tb_list *node); /* true: was empty, wake the reader */
+bool tb_mailbox_empty(struct tb_mailbox *m);
 /* Moves everything to the tail of *out (in posting order); false if there was nothing. */
 bool tb_mailbox_drain(struct tb_mailbox *m, struct tb_list *out);
 
