@@ -3,7 +3,7 @@
  * machine's limits: memory bandwidth and the rate of the largest product. Medians; nothing is
  * asserted.
  *
- *     bench/kernels [--threads N] [--dtype bf16|f32] [--isa NAME] [--rows 1,8,...]
+ *     bench/kernels [--threads N] [--dtype bf16|f32] [--isa NAME] [--rows 1,8,...] [--only limits]
  */
 #include <stdint.h>
 #include <stdio.h>
@@ -104,11 +104,11 @@ static struct matrix matrices[] = {
     {"down", HIDDEN, FFN, NULL},
     {"head", VOCAB, HIDDEN, NULL},
 };
-enum { N_MATRICES = 5 };
+enum { N_MATRICES = 5, N_LAYER_MATRICES = 4 };
 
-static void make_weights(void)
+static void make_weights(int count)
 {
-    for (int i = 0; i < N_MATRICES; i++) {
+    for (int i = 0; i < count; i++) {
         struct matrix *m = matrices + i;
         size_t n = (size_t)m->n_out * (size_t)m->n_in;
         void *src = acts(n);
@@ -136,6 +136,24 @@ static void bandwidth(void)
     TIME(t, sum = sum + ops->sum_squares(be, x, n));
     printf("memory bandwidth, reading: %.1f GB/s\n", 4e-9 * (double)n / t);
     drop(x);
+}
+
+/* The fastest of a layer's products of 512 rows. */
+static void product_rate(void)
+{
+    double best = 0;
+    for (int i = 0; i < N_LAYER_MATRICES; i++) {
+        struct matrix *m = matrices + i;
+        void *x = acts((size_t)512 * (size_t)m->n_in);
+        float *y = floats((size_t)512 * (size_t)m->n_out);
+        double t;
+        TIME(t, ops->matmul(be, m->w, x, 512, NULL, y, m->n_out, false));
+        double rate = 2e-9 * 512 * (double)m->n_in * m->n_out / t;
+        best = rate > best ? rate : best;
+        drop(x);
+        drop(y);
+    }
+    printf("fastest product of 512 rows: %.1f GFLOP/s\n", best);
 }
 
 static void matmuls(int T)
@@ -331,6 +349,7 @@ int main(int argc, char **argv)
     struct tb_error err = {0};
     const char *dtype = "auto", *rows = "1,8,32,512,2048";
     char line[128];
+    bool only_limits = false;
     for (int i = 1; i + 1 < argc; i += 2) {
         if (strcmp(argv[i], "--threads") == 0)
             o.n_threads = (int)strtol(argv[i + 1], NULL, 10);
@@ -340,6 +359,8 @@ int main(int argc, char **argv)
             o.isa = argv[i + 1];
         else if (strcmp(argv[i], "--rows") == 0)
             rows = argv[i + 1];
+        else if (strcmp(argv[i], "--only") == 0)
+            only_limits = strcmp(argv[i + 1], "limits") == 0;
     }
     if (tb_backend_create(&be, "cpu", dtype, &o, &err)) {
         fprintf(stderr, "%s\n", err.msg);
@@ -350,8 +371,9 @@ int main(int argc, char **argv)
     ops->describe(be, line, sizeof(line));
     printf("%s\n", line);
     bandwidth();
-    make_weights();
-    for (const char *r = rows; *r;) {
+    make_weights(only_limits ? N_LAYER_MATRICES : N_MATRICES);
+    product_rate();
+    for (const char *r = only_limits ? "" : rows; *r;) {
         char *end;
         int T = (int)strtol(r, &end, 10);
         if (T <= 0 || end == r) break;
