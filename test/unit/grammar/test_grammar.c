@@ -1,0 +1,298 @@
+/*
+ * Grammars: texts that a schema takes and refuses, masks against every token tried one by one,
+ * random texts made from masks (which must parse, match and end in time), and refusals.
+ */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+#include <jansson.h>
+
+#include "grammar/grammar.h"
+#include "util/buf.h"
+#include "util/mem.h"
+#include "util/philox.h"
+
+static struct tb_tokenizer *tok;
+static struct tb_vocab *vocab;
+
+static int setup(void **state)
+{
+    struct tb_error e;
+    if (tb_tokenizer_create(TB_DEMO_MODEL, &tok, &e)) fail_msg("%s", e.msg);
+    if (tb_vocab_create(tok, tb_tokenizer_vocab_size(tok) + 3, &vocab, &e)) fail_msg("%s", e.msg);
+    return 0;
+}
+
+static int teardown(void **state)
+{
+    tb_vocab_destroy(vocab);
+    tb_tokenizer_destroy(tok);
+    return 0;
+}
+
+static struct tb_grammar *make(const char *schema)
+{
+    struct tb_grammar *g;
+    struct tb_error e;
+    int rc = schema ? tb_grammar_create_schema(vocab, tb_span_str(schema), &g, &e)
+                    : tb_grammar_create_json(vocab, &g, &e);
+    if (rc) fail_msg("%s: %s", schema ? schema : "json", e.msg);
+    return g;
+}
+
+static bool matches(struct tb_grammar *g, const char *text)
+{
+    uint32_t s = tb_grammar_feed(g, tb_grammar_start(g), tb_span_str(text));
+    return s && tb_grammar_complete(g, s);
+}
+
+struct text {
+    const char *schema, *yes[12], *no[14];
+};
+
+static const struct text TEXTS[] = {
+    {NULL,
+     {"{}", "{\"a\":1}", "{ \"a\": [1, 2.5e3, -0, true, null, \"\\u00e9\\n\"] }",
+      "{\n  \"a\": {\n    \"b\": \"\xc3\xa9\xf0\x9f\x99\x82\"\n  }\n}", "{\"\\ud83d\\ude42\":{}}"},
+     {"[]", "{\"a\"}", "{\"a\":01}", "{\"a\":1,}", "{'a':1}", "{\"a\":\"\n\"}", "{\"a\":\"\xff\"}",
+      "{\"\\ud83d\":1}", "{\"a\":+1}", "{\"a\":.5}", "{\"a\":\"\xed\xa0\x80\"}", "{} ", ""}},
+    {"{\"type\":\"object\",\"properties\":{\"n\":{\"type\":\"string\",\"minLength\":1,\"maxLength\":"
+     "3},\"k\":{\"type\":\"integer\",\"minimum\":0},\"o\":{\"anyOf\":[{\"type\":\"string\"},{"
+     "\"type\":\"null\"}]}},\"required\":[\"n\"]}",
+     {"{\"n\":\"abc\"}", "{\"n\":\"\xc3\xa9\xc3\xa9\xc3\xa9\"}", "{\"n\":\"a\", \"k\":0}",
+      "{\"n\":\"a\",\"k\":12,\"o\":null}", "{\"n\":\"a\",\"o\":\"\"}",
+      "{\"n\":\"\\u00e9\\n\\\"\"}"},
+     {"{}", "{\"n\":\"\"}", "{\"n\":\"abcd\"}", "{\"k\":1}", "{\"k\":1,\"n\":\"a\"}",
+      "{\"n\":\"a\",\"k\":-1}", "{\"n\":\"a\",\"x\":1}", "{\"n\":\"a\",\"o\":1}",
+      "{\"n\":\"a\",\"n\":\"a\"}"}},
+    {"{\"type\":\"object\",\"additionalProperties\":{\"type\":\"string\"}}",
+     {"{}", "{\"a\":\"b\",\"c\":\"d\"}"},
+     {"{\"a\":1}", "[]"}},
+    {"{\"type\":\"object\",\"properties\":{\"ab\":{\"type\":\"integer\"},\"ac\":{\"const\":1}},"
+     "\"additionalProperties\":{\"type\":\"boolean\"}}",
+     {"{}", "{\"ab\":1}", "{\"ab\":1,\"ac\":1,\"ad\":true}", "{\"a\":true}", "{\"abc\":false}",
+      "{\"x\":true,\"y\":false}"},
+     {"{\"ab\":true}", "{\"ac\":true}", "{\"ad\":1}", "{\"x\":true,\"ab\":1}"}},
+    {"{\"type\":\"array\",\"items\":{\"enum\":[\"a\",1,null,{\"b\":[]}]},\"minItems\":1,"
+     "\"maxItems\":3}",
+     {"[\"a\"]", "[1, null]", "[{\"b\":[]},1,1]"},
+     {"[]", "[1,1,1,1]", "[2]", "[\"a\""}},
+    {"{\"prefixItems\":[{\"type\":\"integer\"},{\"type\":\"string\"}],\"items\":false}",
+     {"[1,\"a\"]"},
+     {"[1]", "[1,\"a\",2]", "[\"a\",1]", "[]"}},
+    {"{\"type\":\"integer\",\"minimum\":-12,\"exclusiveMaximum\":105}",
+     {"-12", "-9", "-1", "0", "7", "10", "99", "100", "104"},
+     {"-13", "105", "-0", "1.0", "007", "1000", "-100", "999", "1e1"}},
+    {"{\"type\":\"number\",\"minimum\":0,\"maximum\":10}",
+     {"0", "0.5", "9.99", "10", "3"},
+     {"-1", "10.5", "11", "-0.5", "1e2"}},
+    {"{\"type\":\"number\",\"exclusiveMinimum\":-2.5,\"maximum\":-1}",
+     {"-2", "-1.75", "-1"},
+     {"-2.5", "-0.5", "0", "-3", "-2.25"}},
+    {"{\"type\":[\"boolean\",\"null\"]}", {"true", "false", "null"}, {"0", "nul", "\"true\""}},
+    {"{\"$defs\":{\"t\":{\"type\":\"object\",\"properties\":{\"v\":{\"type\":\"integer\"},"
+     "\"c\":{\"type\":\"array\",\"items\":{\"$ref\":\"#/$defs/t\"}}},\"required\":[\"v\",\"c\"]}},"
+     "\"$ref\":\"#/$defs/t\"}",
+     {"{\"v\":1,\"c\":[]}", "{\"v\":1,\"c\":[{\"v\":2,\"c\":[{\"v\":3,\"c\":[]}]}]}"},
+     {"{\"v\":1}", "{\"v\":1,\"c\":[{}]}"}},
+    {"{\"oneOf\":[{\"type\":\"object\",\"properties\":{\"k\":{\"const\":\"a\"},\"x\":{\"type\":"
+     "\"integer\"}},\"required\":[\"k\"]},{\"type\":\"object\",\"properties\":{\"k\":{\"const\":"
+     "\"b\"}},\"required\":[\"k\"]}]}",
+     {"{\"k\":\"a\"}", "{\"k\":\"a\",\"x\":1}", "{\"k\":\"b\"}"},
+     {"{\"k\":\"c\"}", "{\"k\":\"b\",\"x\":1}"}},
+    {"{\"type\":\"string\",\"pattern\":\"^(ab|[x-z\\\\d]{2,3}|\\\\\\\"q.)$\"}",
+     {"\"ab\"", "\"x1\"", "\"9zz\"", "\"\\\"qK\"", "\"\\\"q\xc3\xa9\""},
+     {"\"a\"", "\"x\"", "\"xxxx\"", "\"abx1\"", "\"\\\"q\"", "\"\""}},
+    {"{\"type\":\"string\",\"pattern\":\"b+\"}",
+     {"\"b\"", "\"abbc\"", "\"\\nb\""},
+     {"\"\"", "\"a\""}},
+    {"{\"type\":\"string\",\"pattern\":\"^[^a\\\\s]$\"}",
+     {"\"b\"", "\"\xe2\x82\xac\"", "\"\\\\\"", "\"\\\"\""},
+     {"\"a\"", "\" \"", "\"\\n\"", "\"bb\"", "\"\\\""}},
+    {"{\"type\":\"string\",\"format\":\"date\"}",
+     {"\"2026-02-28\"", "\"2024-12-31\"", "\"1999-04-30\""},
+     {"\"2026-02-30\"", "\"2026-04-31\"", "\"2026-13-01\"", "\"2026-00-10\"", "\"26-01-01\""}},
+    {"{\"format\":\"ipv4\"}",
+     {"\"0.0.0.0\"", "\"255.249.199.10\""},
+     {"\"256.0.0.1\"", "\"1.2.3\"", "\"01.2.3.4\""}},
+};
+
+static void test_texts(void **state)
+{
+    for (size_t i = 0; i < TB_ARRAY_LEN(TEXTS); i++) {
+        struct tb_grammar *g = make(TEXTS[i].schema);
+        for (const char *const *p = TEXTS[i].yes; *p; p++)
+            if (!matches(g, *p)) fail_msg("%s: refuses %s", TEXTS[i].schema, *p);
+        for (const char *const *p = TEXTS[i].no; *p; p++)
+            if (matches(g, *p)) fail_msg("%s: takes %s", TEXTS[i].schema, *p);
+        tb_grammar_unref(g);
+    }
+}
+
+static bool allowed(const uint64_t *mask, int32_t id)
+{
+    return mask[id / 64] >> id % 64 & 1;
+}
+
+static void test_mask_is_each_token(void **state)
+{
+    struct tb_grammar *g = make(TEXTS[1].schema);
+    static const char *const prefixes[] = {"",
+                                           "{",
+                                           "{\"n",
+                                           "{\"n\": \"a",
+                                           "{\"n\":\"\xc3",
+                                           "{\"n\":\"abc",
+                                           "{\"n\":\"a\", \"k\":1",
+                                           "{\"n\":\"a\"}"};
+    for (size_t i = 0; i < TB_ARRAY_LEN(prefixes); i++) {
+        uint32_t s = tb_grammar_feed(g, tb_grammar_start(g), tb_span_str(prefixes[i]));
+        assert_int_not_equal(s, 0);
+        for (int again = 0; again < 2; again++) { /* made, then kept */
+            const uint64_t *mask = tb_grammar_mask(g, s, 1000);
+            assert_non_null(mask);
+            for (int32_t id = 0; id < tb_vocab_size(vocab); id++)
+                if (allowed(mask, id) != (tb_grammar_accept(g, s, id) != 0))
+                    fail_msg("after \"%s\", token %d", prefixes[i], id);
+        }
+    }
+    assert_true(
+        tb_grammar_final(g, tb_grammar_feed(g, tb_grammar_start(g), tb_span_str("{\"n\":\"a\"}"))));
+    tb_grammar_unref(g);
+}
+
+static uint32_t next_random(uint32_t *n)
+{
+    return (uint32_t)(tb_philox_draw(7, (*n)++, 0, 0) * 16777216.0f);
+}
+
+/* A text of at most `budget` tokens, each drawn evenly from the mask. */
+static void draw_text(struct tb_grammar *g, uint32_t *rng, uint32_t budget, struct tb_buf *out)
+{
+    uint32_t s = tb_grammar_start(g);
+    for (uint32_t left = budget; left > 0 && !tb_grammar_final(g, s); left--) {
+        const uint64_t *mask = tb_grammar_mask(g, s, left);
+        int32_t n = 0, pick = -1;
+        assert_non_null(mask);
+        for (int32_t id = 0; id < tb_vocab_size(vocab); id++)
+            if (allowed(mask, id) && next_random(rng) % (uint32_t)++n == 0) pick = id;
+        if (pick < 0) {
+            if (!tb_grammar_complete(g, s)) fail_msg("stuck after %s", out->p);
+            return;
+        }
+        struct tb_span bytes;
+        assert_int_equal(tb_tokenizer_token_bytes(tok, pick, &bytes), 0);
+        tb_buf_append(out, bytes.p, bytes.n);
+        s = tb_grammar_accept(g, s, pick);
+        assert_int_not_equal(s, 0);
+    }
+    if (!tb_grammar_complete(g, s)) fail_msg("%u tokens did not suffice: %s", budget, out->p);
+}
+
+static void test_random_texts_end_in_time(void **state)
+{
+    uint32_t rng = 1;
+    for (size_t i = 0; i < TB_ARRAY_LEN(TEXTS); i++) {
+        struct tb_grammar *g = make(TEXTS[i].schema);
+        for (int k = 0; k < 20; k++) {
+            uint32_t budget = tb_grammar_shortest(g) + next_random(&rng) % 80;
+            struct tb_buf text;
+            json_error_t je;
+            tb_buf_init(&text, 1 << 20);
+            tb_buf_puts(&text, "");
+            draw_text(g, &rng, budget, &text);
+            if (!matches(g, text.p)) fail_msg("%s does not match", text.p);
+            json_t *v = json_loads(text.p, JSON_DECODE_ANY | JSON_ALLOW_NUL, &je);
+            if (!v) fail_msg("%s: %s", text.p, je.text);
+            json_decref(v);
+            tb_buf_fini(&text);
+        }
+        tb_grammar_unref(g);
+    }
+}
+
+static void test_nesting_ends(void **state)
+{
+    struct tb_grammar *g = make(NULL);
+    uint32_t s = tb_grammar_feed(g, tb_grammar_start(g), tb_span_str("{\"a\":"));
+    int depth = 0;
+    for (; depth < 5000; depth++) {
+        uint32_t to = tb_grammar_feed(g, s, tb_span_str("["));
+        if (!to) break;
+        s = to;
+    }
+    assert_in_range(depth, 50, 500);
+    for (int i = 0; i < depth; i++)
+        s = tb_grammar_feed(g, s, tb_span_str("]"));
+    s = tb_grammar_feed(g, s, tb_span_str("}"));
+    assert_true(tb_grammar_final(g, s));
+    tb_grammar_unref(g);
+}
+
+static void test_refused(void **state)
+{
+    static const struct {
+        const char *schema, *says;
+        int code;
+    } bad[] = {
+        {"{", "", TB_EPARSE},
+        {"[]", "schema", TB_EINVAL},
+        {"{\"type\":\"thing\"}", "thing", TB_EINVAL},
+        {"{\"not\":{}}", "not cannot", TB_EUNSUPPORTED},
+        {"{\"type\":\"object\",\"properties\":{\"a\":{\"type\":\"number\",\"multipleOf\":2}}}",
+         "properties.a: multipleOf", TB_EUNSUPPORTED},
+        {"{\"type\":\"string\",\"pattern\":\"(?=a)\"}", "pattern", TB_EUNSUPPORTED},
+        {"{\"type\":\"string\",\"pattern\":\"a(b\"}", "not closed", TB_EUNSUPPORTED},
+        {"{\"type\":\"string\",\"pattern\":\"^a|b$\"}", "group", TB_EUNSUPPORTED},
+        {"{\"type\":\"string\",\"format\":\"hostname\"}", "hostname", TB_EUNSUPPORTED},
+        {"{\"type\":\"string\",\"minLength\":3,\"maxLength\":2}", "minLength 3", TB_EINVAL},
+        {"{\"type\":\"array\",\"uniqueItems\":true}", "uniqueItems", TB_EUNSUPPORTED},
+        {"{\"$ref\":\"#/$defs/x\"}", "#/$defs/x", TB_EINVAL},
+        {"{\"$ref\":\"#\"}", "", TB_EINVAL},
+        {"{\"$ref\":\"http://x/y\"}", "http://x/y", TB_EINVAL},
+        {"{\"type\":\"object\",\"properties\":{\"a\":{\"$ref\":\"#\"}},\"required\":[\"a\"]}",
+         "no finite text", TB_EINVAL},
+        {"{\"anyOf\":[{\"type\":\"string\"}],\"minimum\":1}", "anyOf beside minimum",
+         TB_EUNSUPPORTED},
+        {"{\"oneOf\":[{\"type\":\"integer\"},{\"type\":\"number\"}]}", "oneOf", TB_EUNSUPPORTED},
+        {"{\"allOf\":[{\"type\":\"string\"},{\"type\":\"string\"}]}", "allOf", TB_EUNSUPPORTED},
+        {"{\"type\":\"integer\",\"minimum\":5,\"maximum\":4}", "no whole number", TB_EUNSUPPORTED},
+        {"{\"enum\":[]}", "enum", TB_EINVAL},
+    };
+    for (size_t i = 0; i < TB_ARRAY_LEN(bad); i++) {
+        struct tb_grammar *g = NULL;
+        struct tb_error e = {0};
+        int rc = tb_grammar_create_schema(vocab, tb_span_str(bad[i].schema), &g, &e);
+        if (rc != bad[i].code || !strstr(e.msg, bad[i].says))
+            fail_msg("%s: %d \"%s\"", bad[i].schema, rc, e.msg);
+    }
+}
+
+static void test_memory_is_bounded(void **state)
+{
+    struct tb_grammar *g =
+        make("{\"type\":\"string\",\"minLength\":1000000,\"maxLength\":1000000}");
+    uint32_t s = tb_grammar_feed(g, tb_grammar_start(g), tb_span_str("\""));
+    for (int i = 0; s && i < 1000000; i++)
+        s = tb_grammar_feed(g, s, tb_span_str("a"));
+    if (s == 0) assert_null(tb_grammar_mask(g, tb_grammar_start(g), 10));
+    tb_grammar_unref(g);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_texts),
+        cmocka_unit_test(test_mask_is_each_token),
+        cmocka_unit_test(test_random_texts_end_in_time),
+        cmocka_unit_test(test_nesting_ends),
+        cmocka_unit_test(test_refused),
+        cmocka_unit_test(test_memory_is_bounded),
+    };
+    return cmocka_run_group_tests(tests, setup, teardown);
+}
