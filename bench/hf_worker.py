@@ -1,35 +1,33 @@
-"""The other side of bench/run: Hugging Face transformers + PEFT doing the same work, one command a line on stdin.
+"""Hugging Face transformers + PEFT doing the work of the benchmarks, one command a line on stdin; run by lib.py.
 
-    train N LEN | prefill LEN | decode N STEPS | memory | quit        answers: one JSON object a line
+    hf_worker.py THREADS DIR RANK        rank 0: the base model alone
+    train N LEN | prefill LEN | decode N STEPS | logprobs TOKEN... | memory        answers: one JSON object a line, the first when ready
 """
 
 import json
 import sys
 import time
 
+import peft
+import torch
+import transformers
 
-def memory():
-    with open("/proc/self/status", encoding="ascii") as f:
-        fields = {line.split(":")[0]: line.split()[1] for line in f if line.startswith("Vm")}
-    return {"rss": int(fields["VmRSS"]) * 1024, "peak": int(fields["VmHWM"]) * 1024}
+from worker import memory, serve
 
 
 def main():
-    folder, rank, threads = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    began = time.perf_counter()
-    import peft
-    import torch
-    import transformers
+    threads, folder, rank = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    model = peft.get_peft_model(base, peft.LoraConfig(
-        r=rank, lora_alpha=32, lora_dropout=0.0, task_type="CAUSAL_LM",
-        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]))
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    vocab = model.config.vocab_size
+    if rank:
+        model = peft.get_peft_model(model, peft.LoraConfig(
+            r=rank, lora_alpha=32, lora_dropout=0.0, task_type="CAUSAL_LM",
+            target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]))
     model.eval()
-    vocab = base.config.vocab_size
 
     def train(n, length):
         ids = torch.randint(0, vocab, (n, length + 1))
@@ -37,14 +35,14 @@ def main():
         logits = model(input_ids=ids[:, :-1]).logits
         loss = torch.nn.functional.cross_entropy(logits.reshape(-1, vocab).float(), ids[:, 1:].reshape(-1), reduction="sum")
         loss.backward()
-        return time.perf_counter() - start
+        return {"seconds": time.perf_counter() - start}
 
     @torch.no_grad()
     def prefill(length):
         ids = torch.randint(0, vocab, (1, length))
         start = time.perf_counter()
         model(input_ids=ids, logits_to_keep=1, use_cache=True).logits.argmax(-1)
-        return time.perf_counter() - start
+        return {"seconds": time.perf_counter() - start}
 
     @torch.no_grad()
     def decode(n, steps):
@@ -53,20 +51,18 @@ def main():
         start = time.perf_counter()
         for _ in range(steps):
             out = model(input_ids=out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
-        return time.perf_counter() - start
+        return {"seconds": time.perf_counter() - start}
 
-    print(json.dumps({"ready": time.perf_counter() - began, "torch": torch.__version__,
-                      "transformers": transformers.__version__, "peft": peft.__version__, **memory()}), flush=True)
-    for line in sys.stdin:
-        command, *numbers = line.split()
-        numbers = [int(n) for n in numbers]
-        if command == "quit":
-            return
-        if command == "memory":
-            answer = memory()
-        else:
-            answer = {"seconds": {"train": train, "prefill": prefill, "decode": decode}[command](*numbers)}
-        print(json.dumps(answer), flush=True)
+    @torch.no_grad()
+    def logprobs(*ids):
+        """Of each token but the first, given those before it."""
+        ids = torch.tensor([ids])
+        out = model(input_ids=ids).logits[:, :-1].float().log_softmax(-1)
+        return {"logprobs": out.gather(-1, ids[:, 1:, None]).flatten().tolist()}
+
+    print(json.dumps({"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__,
+                      **memory()}), flush=True)
+    serve({"train": train, "prefill": prefill, "decode": decode, "logprobs": logprobs, "memory": memory})
 
 
 if __name__ == "__main__":
