@@ -81,6 +81,16 @@ static double now(void)
     return (double)ts.tv_sec + 1e-9 * (double)ts.tv_nsec;
 }
 
+/* An option's value, or a number of /proc. */
+static double number(const char *s)
+{
+    char *end;
+    double v = strtod(s, &end);
+    if (end != s && !*end && v >= 0 && v < 1e9) return v;
+    fprintf(stderr, "load: %s is not a number from 0 on\n", s);
+    exit(2);
+}
+
 /* ---- one connection: a request out, an answer in */
 
 static int dial(void)
@@ -156,7 +166,7 @@ static int receive(struct client *c, const char **body)
     if (c->in_n < head + (field && field < end ? strtoul(field + 17, NULL, 10) : 0)) return 0;
     *body = c->in + head;
     c->in_n = 0; /* one request is in flight, so nothing follows */
-    return atoi(c->in + 9);
+    return (int)strtol(c->in + 9, NULL, 10);
 }
 
 /* The text of a member of a flat JSON object. */
@@ -298,32 +308,29 @@ static void watch(struct client *c)
 
 /* ---- measuring */
 
-static double server_cpu(void)
+/* A number of /proc/PID/`file`: the `field`-th word, counted from 1 behind the program's name. */
+static double server_number(const char *file, int field)
 {
     char name[64], text[1024] = "";
-    unsigned long user = 0, sys = 0;
-    if (!pid) return 0;
-    snprintf(name, sizeof(name), "/proc/%ld/stat", pid);
+    snprintf(name, sizeof(name), "/proc/%ld/%s", pid, file);
     FILE *f = fopen(name, "r");
     if (!f || !fgets(text, sizeof(text), f)) die(name);
     fclose(f);
-    const char *p = strrchr(text, ')');
-    if (!p ||
-        sscanf(p + 1, " %*c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %lu %lu", &user, &sys) != 2)
-        die(name);
-    return (double)(user + sys) / (double)sysconf(_SC_CLK_TCK);
+    char *p = strrchr(text, ')'); /* the name may hold spaces */
+    for (p = strtok(p ? p + 1 : text, " "); p && field > 1; field--)
+        p = strtok(NULL, " ");
+    return p ? number(p) : 0;
+}
+
+static double server_cpu(void)
+{
+    if (!pid) return 0;
+    return (server_number("stat", 12) + server_number("stat", 13)) / (double)sysconf(_SC_CLK_TCK);
 }
 
 static double server_mb(void)
 {
-    char name[64];
-    long pages = 0;
-    if (!pid) return 0;
-    snprintf(name, sizeof(name), "/proc/%ld/statm", pid);
-    FILE *f = fopen(name, "r");
-    if (!f || fscanf(f, "%*d %ld", &pages) != 1) die(name);
-    fclose(f);
-    return (double)(pages * sysconf(_SC_PAGESIZE)) / 1e6;
+    return pid ? server_number("statm", 2) * (double)sysconf(_SC_PAGESIZE) / 1e6 : 0;
 }
 
 static double own_cpu(void)
@@ -357,15 +364,15 @@ static void options(int argc, char **argv)
     int o, m = 0;
     while ((o = getopt_long(argc, argv, "", names, NULL)) != -1) {
         switch (o) {
-        case 'p': port = atoi(optarg); break;
+        case 'p': port = (int)number(optarg); break;
         case 's': session = optarg; break;
         case 'm': base_model = optarg; break;
-        case 'c': n_clients = atoi(optarg); break;
-        case 't': seconds = atof(optarg); break;
-        case 'a': ahead = atoi(optarg); break;
-        case 'w': n_polls = atoi(optarg); break;
+        case 'c': n_clients = (int)number(optarg); break;
+        case 't': seconds = number(optarg); break;
+        case 'a': ahead = (int)number(optarg); break;
+        case 'w': n_polls = (int)number(optarg); break;
         case 'u': path = optarg; break;
-        case 'i': pid = atol(optarg); break;
+        case 'i': pid = (long)number(optarg); break;
         case 'k': key = optarg; break;
         default: exit(2);
         }
