@@ -311,14 +311,14 @@ static void watch(struct client *c)
 /* A number of /proc/PID/`file`: the `field`-th word, counted from 1 behind the program's name. */
 static double server_number(const char *file, int field)
 {
-    char name[64], text[1024] = "";
+    char name[64], text[1024] = "", *rest;
     snprintf(name, sizeof(name), "/proc/%ld/%s", pid, file);
     FILE *f = fopen(name, "r");
     if (!f || !fgets(text, sizeof(text), f)) die(name);
     fclose(f);
     char *p = strrchr(text, ')'); /* the name may hold spaces */
-    for (p = strtok(p ? p + 1 : text, " "); p && field > 1; field--)
-        p = strtok(NULL, " ");
+    for (p = strtok_r(p ? p + 1 : text, " ", &rest); p && field > 1; field--)
+        p = strtok_r(NULL, " ", &rest);
     return p ? number(p) : 0;
 }
 
