@@ -1,0 +1,52 @@
+"""The scripts of bench/ run on a tiny model and write what bench/table and bench/plot read. Nothing is asserted of speed."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from daemon import ROOT, find_daemon
+
+ROWS = {
+    "start": {"exec to ready", "ready to first sample", "small model: exec to ready"},
+    "training": {"fwd+bwd 2 x 128", "small model: fwd+bwd 2 x 128", "optim_step, rank 32", "fwd+bwd, 256 tokens a datum"},
+    "prefill": {"prefill of 256", "prefill, 128 tokens"},
+    "decode": {"decode 1, base", "decode 4, rank 8", "decode 4, rank 32"},
+    "tenants": {"tenants 16: fwd+bwd, together", "tenants 16: decode, one by one", "tenants 16: fwd+bwd, 1 datum each"},
+    "rl": {"RL step: whole step", "publish to first token, prompt of 16"},
+}
+
+
+def bench(name, *args):
+    run = subprocess.run([sys.executable, os.path.join(ROOT, "bench", name), *map(str, args)], capture_output=True, text=True,
+                         timeout=300, check=False)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return run.stdout
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return tmp_path_factory.mktemp("bench-models")
+
+
+@pytest.mark.parametrize("script", ROWS)
+def test_script(script, models, tmp_path):
+    out = tmp_path / "out.json"
+    bench("run", "--only", script, "--daemon", find_daemon(), "--models", models, "--shape", "tiny", "--threads", 2, "--quick",
+          "--json", out)
+    (run,) = json.loads(out.read_text())["runs"]
+    rows = {row["what"]: row for row in run["rows"]}
+    assert run["script"] == script and ROWS[script] <= set(rows)
+    assert all(row["values"]["tinkerbell"] and row["unit"] for row in rows.values())
+    table = bench("table", out)
+    assert all(what in table for what in rows)
+    if any(row["curve"] for row in rows.values()):
+        bench("plot", out, tmp_path / "out.svg")
+        assert (tmp_path / "out.svg").read_text().count("<polyline") >= 1
+
+
+def test_run_names_what_failed(models):
+    run = subprocess.run([sys.executable, os.path.join(ROOT, "bench", "run"), "--only", "prefill", "--daemon", find_daemon(),
+                          "--models", str(models), "--shape", "none"], capture_output=True, text=True, timeout=60, check=False)
+    assert run.returncode == 1 and run.stderr.strip().endswith("failed: prefill")
