@@ -89,12 +89,21 @@ struct tb_adamw {
 };
 
 /* How to draw one token from a row of logits (numerics.md 5.1): temperature, then top_k, then
- * top_p, then inverse CDF over the filtered distribution in index order with the uniform u. */
+ * top_p, then min_p, then inverse CDF over the filtered distribution in index order with the
+ * uniform u. */
 struct tb_draw {
     float temperature; /* 0 = argmax, lowest index on ties, filters ignored */
     int top_k;         /* <= 0 off */
     float top_p;       /* 1 = off */
     float u;           /* uniform in [0, 1) */
+    float min_p;       /* least probability, as a share of the largest; <= 0 off */
+};
+
+/* A change of one logit before a draw: z += bias; z = z > 0 ? z / repeat : z * repeat; z -= minus.
+ */
+struct tb_logit_edit {
+    int32_t id;
+    float bias, repeat, minus;
 };
 
 struct tb_backend_ops {
@@ -224,6 +233,10 @@ struct tb_backend_ops {
      * lse, targets host */
     void (*dlogits)(struct tb_backend *be, const float *logits, int T, int V, int ldv,
                     const float *lse, const int32_t *targets, const float *g, int K, void *dl);
+    /* Changes one row: the edits (host, distinct ids), then -inf for every id whose bit id % 64 of
+     * allow[id / 64] (host; NULL: all are allowed) is not set. */
+    void (*edit_logits)(struct tb_backend *be, float *logits, int V,
+                        const struct tb_logit_edit *edits, int n, const uint64_t *allow);
     /* Draws one token a row; tokens, host. */
     void (*draw)(struct tb_backend *be, const float *logits, int T, int V, int ldv,
                  const struct tb_draw *draws, int32_t *tokens);

@@ -1,7 +1,7 @@
 /*
  * Drawing a token from a row of logits, fast: temperature, then top_k, then the smallest prefix of
- * the sorted list whose mass reaches top_p, then the inverse of the distribution function in index
- * order.
+ * the sorted list whose mass reaches top_p, then min_p, then the inverse of the distribution
+ * function in index order.
  *
  * Without filters nothing is sorted: the row is summed in pieces, the piece that holds u is walked.
  * With them only the tokens that can be in the prefix are sorted, by a radix sort (ties: lower id
@@ -189,12 +189,14 @@ static int filter(const struct room *r, const float *z, int V, float top, const 
             for (int i = 0; i < n; i++)
                 held += (double)r->p[r->c[i].id];
             if (low == -INFINITY || held > (double)d->top_p * all) break;
+            if (exp(-drop) < 0.999 * (double)d->min_p) break; /* the rest is too unlikely */
         }
         *n_all = n;
         radix_sort(r->sorted, r->tmp, n);
     }
     for (; keep < n; keep++) {
         if (keep > 0 && d->top_p < 1 && !(mass < (double)d->top_p * all)) break;
+        if (keep > 0 && r->p[r->sorted[keep].id] < d->min_p) break;
         mass += (double)r->p[r->sorted[keep].id];
     }
     return keep;
@@ -240,7 +242,7 @@ static void draw_task(void *arg, int t, int thread)
     /* greedy; or nothing finite to scale by; or colder than float32 can divide by */
     if (!(d->temperature > 0) || isinf(top) || isinf(inv_t)) {
         a->tokens[t] = best;
-    } else if ((d->top_k > 0 && d->top_k < a->V) || d->top_p < 1) {
+    } else if ((d->top_k > 0 && d->top_k < a->V) || d->top_p < 1 || d->min_p > 0) {
         size_t V = (size_t)a->V;
         struct cand *c = tb_scratch_get(&a->cpu->own[thread], V * (3 * sizeof(*c) + sizeof(float)));
         struct room r = {(float *)(void *)(c + 3 * V), c, c + V, c + 2 * V};

@@ -89,9 +89,11 @@ static int32_t draw_row(const float *z, int V, const struct tb_draw *d)
     for (int i = 0; i < n; i++)
         sum += exp(((double)c[i].z - (double)top) / (double)d->temperature);
     for (; keep < n; keep++) {
+        double w = exp(((double)c[keep].z - (double)top) / (double)d->temperature);
         if (keep > 0 && d->top_p < 1 && !(mass < (double)d->top_p * sum)) break;
-        p[c[keep].id] = exp(((double)c[keep].z - (double)top) / (double)d->temperature);
-        mass += p[c[keep].id];
+        if (keep > 0 && w < (double)d->min_p) break;
+        p[c[keep].id] = w;
+        mass += w;
     }
     double want = (double)d->u * mass, acc = 0;
     for (int v = 0; v < V; v++) {
@@ -104,6 +106,18 @@ static int32_t draw_row(const float *z, int V, const struct tb_draw *d)
 out:
     free(c);
     return pick;
+}
+
+static void plain_edit_logits(struct tb_backend *be, float *logits, int V,
+                              const struct tb_logit_edit *edits, int n, const uint64_t *allow)
+{
+    for (int i = 0; i < n; i++) {
+        const struct tb_logit_edit *e = edits + i;
+        float z = logits[e->id] + e->bias;
+        logits[e->id] = (z > 0 ? z / e->repeat : z * e->repeat) - e->minus;
+    }
+    for (int v = 0; allow && v < V; v++)
+        if (!(allow[v / 64] >> (v % 64) & 1)) logits[v] = -INFINITY;
 }
 
 static void plain_draw(struct tb_backend *be, const float *logits, int T, int V, int ldv,
@@ -130,6 +144,7 @@ void tb_plain_head_ops(struct tb_backend_ops *o)
 {
     o->logprobs = plain_logprobs;
     o->dlogits = plain_dlogits;
+    o->edit_logits = plain_edit_logits;
     o->draw = plain_draw;
     o->topk = plain_topk;
 }

@@ -65,6 +65,55 @@ static void test_probs(void **state)
         }
 }
 
+static void test_edits(void **state)
+{
+    enum { V = 70 };
+    for (int i = 0; i < N_TARGETS; i++) {
+        struct tb_backend *be = open_backend(targets[i].isa, targets[i].act, 1);
+        if (!be) continue;
+        float z[V];
+        for (int v = 0; v < V; v++)
+            z[v] = (float)(v - 35);
+        static const struct tb_logit_edit edits[] = {
+            {69, 1, 2, 3}, {0, 1, 2, 3}, {36, -2, 4, 0.5f}, {5, 0, 1, 0}};
+        const uint64_t allow[2] = {0x8000001000000021u, 0x20};
+        be->ops->edit_logits(be, z, V, edits, 4, NULL);
+        assert_true(z[69] == 14.5f && z[0] == -71 && z[36] == -4.5f && z[5] == -30);
+        be->ops->edit_logits(be, z, V, NULL, 0, allow);
+        for (int v = 0; v < V; v++)
+            if (v != 0 && v != 5 && v != 36 && v != 63 && v != 69) assert_true(z[v] == -INFINITY);
+        assert_true(z[69] == 14.5f && z[0] == -71 && z[36] == -4.5f && z[5] == -30 && z[63] == 28);
+        be->ops->destroy(be);
+    }
+}
+
+/* min_p keeps what is at least that part of the largest. */
+static void test_min_p(void **state)
+{
+    static const float z[6] = {0, -1, -2, -3, 1, -0.5f}; /* of e^1: .37 .14 .05 .02 1 .22 */
+    static const struct {
+        float min_p;
+        int kept[6];
+    } cases[] = {
+        {0.03f, {1, 1, 1, 0, 1, 1}}, {0.2f, {1, 0, 0, 0, 1, 1}}, {0.4f, {0, 0, 0, 0, 1, 0}}};
+    for (int i = 0; i < N_TARGETS; i++) {
+        struct tb_backend *be = open_backend(targets[i].isa, targets[i].act, 1);
+        if (!be) continue;
+        for (int c = 0; c < 3; c++) {
+            int count[6] = {0};
+            for (int k = 0; k < 1000; k++) {
+                struct tb_draw d = {1, -1, 1, ((float)k + 0.5f) / 1000, cases[c].min_p};
+                int32_t token;
+                be->ops->draw(be, z, 1, 6, 6, &d, &token);
+                count[token]++;
+            }
+            for (int v = 0; v < 6; v++)
+                assert_int_equal(count[v] > 0, cases[c].kept[v]);
+        }
+        be->ops->destroy(be);
+    }
+}
+
 static int32_t draw_one(struct tb_backend *be, const float *z, int V, float temperature, int top_k,
                         float top_p, float u)
 {
@@ -233,8 +282,9 @@ static void test_long_rows(void **state)
     enum { V = 30011, N = 40 };
     float *z = random_f32(V), *rows = malloc(sizeof(float) * V * N);
     static const struct tb_draw kinds[] = {
-        {1, -1, 1, 0},         {0.7f, 0, 1, 0},    {1, 50, 1, 0},       {1, -1, 0.9f, 0},
-        {1.5f, 2000, 0.5f, 0}, {3, -1, 0.999f, 0}, {0.05f, -1, 0.9f, 0}};
+        {1, -1, 1, 0},         {0.7f, 0, 1, 0},         {1, 50, 1, 0},        {1, -1, 0.9f, 0},
+        {1.5f, 2000, 0.5f, 0}, {3, -1, 0.999f, 0},      {0.05f, -1, 0.9f, 0}, {1, -1, 1, 0, 0.05f},
+        {2, 500, 1, 0, 0.2f},  {1, -1, 0.95f, 0, 0.01f}};
     for (int i = 0; i < V; i++)
         z[i] = (float)(int)(z[i] * 1000) / 100 + (i % 97 == 0 ? 5.0f : 0.0f); /* ties */
     for (int k = 0; k < N; k++)
@@ -268,10 +318,9 @@ static void test_long_rows(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_probs),
-        cmocka_unit_test(test_edges),
-        cmocka_unit_test(test_fixture),
-        cmocka_unit_test(test_long_rows),
+        cmocka_unit_test(test_probs),   cmocka_unit_test(test_edges),
+        cmocka_unit_test(test_edits),   cmocka_unit_test(test_min_p),
+        cmocka_unit_test(test_fixture), cmocka_unit_test(test_long_rows),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
