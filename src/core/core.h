@@ -109,6 +109,24 @@ void tb_core_unwait(struct tb_core *c,
 /* The face delivered the payload whole: starts the result's ttl. */
 void tb_core_delivered(struct tb_core *c, const char *request_id, size_t id_len);
 
+/* ---- streams: a sample's tokens as they are drawn, and its end without a deadline. The op has
+ * `stream` set, else only the end comes. Called in the turn of the loop that submitted the op, it
+ * misses no token. A future has one stream at most: a second takes the place of the first, which
+ * hears no more. */
+struct tb_core_stream {
+    struct tb_future *future; /* core's */
+    /* Some more tokens (borrowed during the call); may be NULL. May call back into core. */
+    void (*tokens)(struct tb_core_stream *s, const struct tb_sampled_token *tokens, int32_t n);
+    /* Called once and last: DONE or FAILED with the op (borrowed during the call), GONE or UNKNOWN.
+     * May be called from inside tb_core_stream. tb_core_retrieved frees the result early. */
+    void (*end)(struct tb_core_stream *s, enum tb_future_state state, const struct tb_op *op);
+    void *arg;
+};
+void tb_core_stream(struct tb_core *c, const char *request_id, size_t id_len,
+                    struct tb_core_stream *s);
+/* The client went away: nothing is called any more. tb_core_cancel ends the sample itself. */
+void tb_core_unstream(struct tb_core *c, struct tb_core_stream *s);
+
 /* Gives up a sample: it fails with TB_ECANCELED soon. Anything else runs on. */
 void tb_core_cancel(struct tb_core *c, const char *request_id, size_t id_len);
 

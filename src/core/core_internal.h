@@ -43,6 +43,7 @@ struct tb_core_session {
     int n_losses;
     size_t n_pending;   /* futures not over */
     int64_t next_spare; /* sampler numbers for ids that are taken */
+    uint64_t tenant;    /* its number: what the engine shares the machine by */
 };
 
 enum tb_phase {
@@ -73,9 +74,10 @@ struct tb_future {
     struct tb_list in_feed; /* of its sampler, when over, until acknowledged */
     uint64_t cursor;        /* its place there */
 
-    struct tb_list waiters;     /* tb_waiter.node */
-    struct tb_list in_resolved; /* over, waiters not called yet */
-    struct tb_list in_expiry;   /* core->unread or core->read */
+    struct tb_list waiters;        /* tb_waiter.node */
+    struct tb_core_stream *stream; /* or NULL */
+    struct tb_list in_resolved;    /* over, waiters not called yet */
+    struct tb_list in_expiry;      /* core->unread or core->read */
     uint64_t expires_ms;
     bool was_read;
     bool drop; /* destroy as soon as nobody uses it */
@@ -185,7 +187,7 @@ struct tb_core {
     struct tb_list feed_waiters; /* tb_feed_waiter.deadline_node, earliest first */
     bool leaving;
     size_t queued_bytes, held_bytes;
-    uint64_t next_adapter, next_version, next_loss, next_anonymous;
+    uint64_t next_adapter, next_version, next_loss, next_anonymous, next_tenant;
     struct tb_core_stats stats;
     uint64_t sampled_tokens;
     char scratch[TB_ID_BYTES];
@@ -218,6 +220,8 @@ void tb_future_set_key(struct tb_future *f, const char *scope, const char *key);
 /* Over: done, or failed when op->error is set. Leaves its queue, model and sampler. */
 void tb_future_finish(struct tb_future *f);
 void tb_future_fail(struct tb_future *f, const struct tb_error *e);
+/* Of a sample's task: the tokens go to the future's stream. */
+void tb_future_progress(struct tb_task *t, const struct tb_progress *p);
 void tb_future_drop(struct tb_future *f); /* only when over */
 void tb_future_destroy(struct tb_future *f);
 void tb_futures_resolve(struct tb_core *c);

@@ -65,7 +65,7 @@ struct tb_future *tb_future_create(struct tb_core *c, const char *id, struct tb_
 void tb_future_destroy(struct tb_future *f)
 {
     struct tb_core *c = f->core;
-    TB_BUG_ON(f->phase != TB_PHASE_OVER || f->busy || !tb_list_empty(&f->waiters));
+    TB_BUG_ON(f->phase != TB_PHASE_OVER || f->busy || !tb_list_empty(&f->waiters) || f->stream);
     tb_map_del(&c->future_map, f->id, strlen(f->id));
     if (f->idem) tb_map_del(&c->idem, f->idem, strlen(f->idem));
     tb_list_del(&f->in_session);
@@ -207,7 +207,7 @@ void tb_future_finish(struct tb_future *f)
     for (int32_t i = 0; f->op->type == TB_OP_SAMPLE && i < f->op->result.n_sequences; i++)
         c->sampled_tokens += (uint64_t)f->op->result.sequences[i].n;
     compact(f);
-    f->held_bytes = f->op->arena.total;
+    f->held_bytes = sizeof(*f) + sizeof(*f->op) + f->op->arena.total;
     c->held_bytes += f->held_bytes;
     f->session->n_pending--;
     keep_until(f, f->session->ended || f->canceled);
@@ -245,6 +245,15 @@ static void unlink_waiter(struct tb_core *c, struct tb_waiter *w)
     c->stats.waiters--;
 }
 
+static void end_stream(struct tb_future *f)
+{
+    struct tb_core_stream *s = f->stream;
+    if (!s) return;
+    f->stream = NULL;
+    s->future = NULL;
+    s->end(s, f->state, f->op);
+}
+
 /* Calls everybody who waits for a future that is over. Callbacks may come back into core. */
 void tb_futures_resolve(struct tb_core *c)
 {
@@ -256,6 +265,7 @@ void tb_futures_resolve(struct tb_core *c)
             unlink_waiter(c, w);
             w->cb(w, f->state, f->op, NULL, NULL);
         }
+        end_stream(f);
         if (--f->busy == 0 && f->drop) tb_future_destroy(f);
     }
 }
@@ -382,6 +392,44 @@ void tb_core_wait(struct tb_core *c, const char *request_id, size_t id_len, stru
 void tb_core_unwait(struct tb_core *c, struct tb_waiter *w)
 {
     if (w->future) unlink_waiter(c, w);
+}
+
+/* ---- streams */
+
+void tb_future_progress(struct tb_task *t, const struct tb_progress *p)
+{
+    struct tb_future *f = t->arg;
+    struct tb_core *c = f->core;
+    struct tb_core_stream *s = f->stream;
+    if (s && s->tokens) s->tokens(s, p->tokens, p->n);
+    tb_core_leave(c);
+}
+
+void tb_core_stream(struct tb_core *c, const char *request_id, size_t id_len,
+                    struct tb_core_stream *s)
+{
+    struct tb_future *f = tb_future_find(c, request_id, id_len);
+    s->future = NULL;
+    if (!f) {
+        bool ours = tb_request_id_well_formed(request_id, id_len);
+        s->end(s, ours ? TB_FUTURE_GONE : TB_FUTURE_UNKNOWN, NULL);
+        return;
+    }
+    tb_session_seen(f->session);
+    if (f->stream) f->stream->future = NULL;
+    f->stream = s;
+    s->future = f;
+    if (f->phase != TB_PHASE_OVER) return;
+    f->busy++;
+    end_stream(f);
+    if (--f->busy == 0 && f->drop && tb_list_empty(&f->in_resolved)) tb_future_destroy(f);
+}
+
+void tb_core_unstream(struct tb_core *c, struct tb_core_stream *s)
+{
+    (void)c;
+    if (s->future) s->future->stream = NULL;
+    s->future = NULL;
 }
 
 void tb_core_delivered(struct tb_core *c, const char *request_id, size_t id_len)

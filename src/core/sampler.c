@@ -447,6 +447,7 @@ static void start_sample(struct tb_core_sampler *sp, struct tb_future *f,
     struct tb_task *t = tb_core_task(TB_TASK_SAMPLE, sp->engine_model);
     t->version_id = v ? v->id : 0;
     t->op = f->op;
+    t->progress = tb_future_progress;
     f->phase = TB_PHASE_RUNNING;
     tb_core_run(f, t, sample_done);
 }
@@ -521,6 +522,7 @@ int tb_sampler_submit(struct tb_core *c, struct tb_op *op, struct tb_ticket *out
         op->u.sample.seed = tb_random_u64();
     }
     *kept = true;
+    op->tenant = sp->session->tenant;
     f = tb_future_create(c, c->scratch, op, sp->session);
     if (!op->sampling_session_id) tb_future_set_key(f, "sample", op->idempotency_key);
     f->phase = TB_PHASE_READY;

@@ -18,6 +18,7 @@ struct tb_core_session *tb_session_create(struct tb_core *c, const struct tb_ses
     s->core = c;
     s->id = tb_asprintf("sess-%s", random);
     s->anonymous = anonymous;
+    s->tenant = ++c->next_tenant;
     s->lease_ms = c->o.session_lease_ms;
     if (anonymous && __builtin_mul_overflow(s->lease_ms, TB_ANON_LEASE_FACTOR, &s->lease_ms))
         s->lease_ms = UINT64_MAX;

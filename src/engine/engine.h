@@ -55,6 +55,8 @@ struct tb_task {
         *state;       /* in: owned by the task, freed with it; out (EXPORT): taken by cb */
     struct tb_op *op; /* borrowed until the callback */
     struct tb_error error;
+    /* SAMPLE of an op that streams: the tokens of a step, before cb; p is freed after the call. */
+    void (*progress)(struct tb_task *task, const struct tb_progress *p);
     void (*cb)(
         struct tb_task *task); /* loop thread, exactly once; the task is the caller's again */
     void *arg;

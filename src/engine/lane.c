@@ -8,13 +8,22 @@
 
 static void lane_kick(struct tb_lane *l);
 
-/* Calls the callbacks of everything finished. A callback may submit more. */
+/* Calls the callbacks of everything finished, after those of its progress. A callback may submit
+ * more. */
 static void lane_flush(struct tb_lane *l)
 {
-    struct tb_list done;
-    tb_list_init(&done);
-    if (!tb_mailbox_drain(&l->outbox, &done)) return;
+    struct tb_list done, told;
     struct tb_list *n;
+    tb_list_init(&done);
+    tb_list_init(&told);
+    tb_mailbox_drain(&l->outbox, &done);
+    tb_mailbox_drain(&l->told, &told); /* second: it has all that was told before what is done */
+    while ((n = tb_list_pop(&told))) {
+        struct tb_progress *p = TB_LIST_ENTRY(n, struct tb_progress, node);
+        struct tb_task *t = p->owner;
+        if (t->progress) t->progress(t, p);
+        tb_free(p);
+    }
     while ((n = tb_list_pop(&done))) {
         struct tb_task *t = TB_LIST_ENTRY(n, struct tb_task, node);
         atomic_fetch_add_explicit(&l->stats.tasks_done[t->type], 1, memory_order_relaxed);
@@ -48,6 +57,7 @@ static void lane_on_closed(uv_handle_t *h)
     if (l->be) l->be->ops->destroy(l->be);
     tb_mailbox_fini(&l->inbox);
     tb_mailbox_fini(&l->outbox);
+    tb_mailbox_fini(&l->told);
     tb_map_fini(&l->adapters);
     tb_map_fini(&l->versions);
     tb_map_fini(&l->losses);
@@ -90,7 +100,8 @@ int lane_create(struct tb_lane **out, uv_loop_t *loop, struct tb_backend *be,
     l->work.data = l;
     if ((rc = tb_mailbox_init(&l->inbox))) goto fail;
     if ((rc = tb_mailbox_init(&l->outbox))) goto fail_inbox;
-    if ((rc = uv_async_init(loop, &l->async, lane_on_async))) goto fail_outbox;
+    if ((rc = tb_mailbox_init(&l->told))) goto fail_outbox;
+    if ((rc = uv_async_init(loop, &l->async, lane_on_async))) goto fail_told;
     l->async.data = l;
     l->async_open = true;
     tb_map_init(&l->adapters);
@@ -104,6 +115,8 @@ int lane_create(struct tb_lane **out, uv_loop_t *loop, struct tb_backend *be,
     *out = l;
     return 0;
 
+fail_told:
+    tb_mailbox_fini(&l->told);
 fail_outbox:
     tb_mailbox_fini(&l->outbox);
 fail_inbox:
@@ -125,6 +138,12 @@ void lane_submit(struct tb_lane *l, struct tb_task *t)
 void lane_post_done(struct tb_lane *l, struct tb_task *t)
 {
     if (tb_mailbox_post(&l->outbox, &t->node)) uv_async_send(&l->async);
+}
+
+void lane_post_progress(struct tb_lane *l, struct tb_task *t, struct tb_progress *p)
+{
+    p->owner = t;
+    if (tb_mailbox_post(&l->told, &p->node)) uv_async_send(&l->async);
 }
 
 void lane_close(struct tb_lane *l, void (*cb)(void *arg), void *arg)

@@ -62,6 +62,7 @@ struct tb_lane {
 
     /* both */
     struct tb_mailbox inbox, outbox;
+    struct tb_mailbox told; /* struct tb_progress; a task's come before its place in outbox */
     _Atomic bool closing;
     struct lane_stats stats;
 
@@ -89,5 +90,7 @@ void lane_run(struct tb_lane *l);
 void lane_free_state(struct tb_lane *l);
 /* Hands a finished task back to the loop. */
 void lane_post_done(struct tb_lane *l, struct tb_task *t);
+/* Tells the loop what a task's sample has drawn; p moves. */
+void lane_post_progress(struct tb_lane *l, struct tb_task *t, struct tb_progress *p);
 
 #endif

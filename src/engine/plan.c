@@ -367,6 +367,8 @@ static void sample_model(struct tb_lane *l, int model)
     TB_LIST_FOREACH_SAFE (it, next, &l->samples) {
         struct tb_task *t = TB_LIST_ENTRY(it, struct tb_task, node);
         if (t->model != model) continue;
+        struct tb_progress *p = tb_sampling_progress(t->sampling);
+        if (p) lane_post_progress(l, t, p);
         bool done = tb_sampling_done(t->sampling);
         if (!done && (rc || rows == 0)) { /* cannot go on: never leave it waiting for ever */
             tb_error_set(&t->op->error, rc ? rc : TB_EINTERNAL, "%s",

@@ -127,6 +127,10 @@ void tb_sampling_destroy(struct tb_sampling *s);
 bool tb_sampling_done(
     const struct tb_sampling *s); /* op->result is complete, or op->error is set */
 
+/* The tokens drawn since the last call, of an op that streams; the caller frees it. NULL: none, or
+ * no memory to tell them now. */
+struct tb_progress *tb_sampling_progress(struct tb_sampling *s);
+
 /* One engine step over the given samplings (any mix of models' adapters): every running sequence
  * advances by one token, and prompts are prefilled by chunks of at most prefill_budget rows in all.
  * Sequences for which no KV pages are free wait (or are preempted and recomputed, to the same

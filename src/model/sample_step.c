@@ -54,6 +54,11 @@ struct step {
     float *lse, *lp;       /* [head_rows] */
     int32_t *k_ids;        /* [TB_MAX(k)] scratch */
     float *k_lps;
+    bool edits_logits; /* some draw does; then there is also */
+    float *edit_row;   /* device [vocab]: a row's copy to change */
+    struct tb_logit_edit *edits;
+    int32_t *edit_at; /* [vocab]: 1 + an id's place in edits, or 0 */
+    uint64_t *allow;  /* [vocab / 64 + 1] */
 };
 
 /* ---- pages */
@@ -200,11 +205,28 @@ static int by_version(const void *a, const void *b)
 
 /* ---- packing */
 
+static bool edits_logits(const struct tb_sample *r)
+{
+    return r->filter || r->n_logit_bias || r->presence_penalty || r->frequency_penalty ||
+           (r->repetition_penalty && r->repetition_penalty != 1);
+}
+
+static int alloc_edits(struct step *st)
+{
+    size_t V = (size_t)st->m->cfg.vocab;
+    st->edit_row = st->m->be->ops->alloc(st->m->be, V * sizeof(*st->edit_row));
+    st->edits = tb_try_malloc(V * sizeof(*st->edits));
+    st->edit_at = tb_try_calloc(V, sizeof(*st->edit_at));
+    st->allow = tb_try_malloc((V / 64 + 1) * sizeof(*st->allow));
+    return st->edit_row && st->edits && st->edit_at && st->allow ? 0 : TB_ENOMEM;
+}
+
 static int alloc_step(struct step *st)
 {
     size_t T = (size_t)st->T, n = (size_t)st->n, R = (size_t)st->m->head_rows, k = 1;
     for (int i = 0; i < st->n; i++) {
         const struct tb_sample *r = st->entries[i].q->s->req;
+        st->edits_logits |= st->entries[i].last && edits_logits(r);
         k = TB_MAX(k, (size_t)r->topk_prompt_logprobs);
         k = TB_MAX(k, (size_t)r->topk_sample_logprobs);
         k = TB_MAX(k, (size_t)r->prompt_alt_tokens_k);
@@ -225,14 +247,18 @@ static int alloc_step(struct step *st)
     st->k_lps = tb_try_calloc(k, sizeof(*st->k_lps));
     bool ok = st->tokens && st->pos && st->seqs && st->lora && st->out_lora && st->out &&
               st->draws && st->drawn && st->lse && st->lp && st->k_ids && st->k_lps;
-    return ok ? 0 : TB_ENOMEM;
+    if (!ok) return TB_ENOMEM;
+    return st->edits_logits ? alloc_edits(st) : 0;
 }
 
 static void free_step(struct step *st)
 {
-    void *const all[] = {st->entries,  st->tokens, st->pos,   st->seqs,  st->lora,
-                         st->out_lora, st->out,    st->draws, st->drawn, st->lse,
-                         st->lp,       st->k_ids,  st->k_lps};
+    void *const all[] = {st->entries, st->tokens, st->pos,     st->seqs, st->lora, st->out_lora,
+                         st->out,     st->draws,  st->drawn,   st->lse,  st->lp,   st->k_ids,
+                         st->k_lps,   st->edits,  st->edit_at, st->allow};
+    if (st->edit_row)
+        st->m->be->ops->free(st->m->be, st->edit_row,
+                             (size_t)st->m->cfg.vocab * sizeof(*st->edit_row));
     for (size_t i = 0; i < TB_ARRAY_LEN(all); i++)
         tb_free(all[i]);
 }
@@ -334,7 +360,77 @@ static struct tb_draw draw_of(const struct tb_seq *q)
 {
     const struct tb_sample *r = q->s->req;
     return (struct tb_draw){r->temperature, r->top_k, r->top_p,
-                            tb_philox_draw(q->s->seed, (uint32_t)q->index, (uint32_t)q->n_gen, 0)};
+                            tb_philox_draw(q->s->seed, (uint32_t)q->index, (uint32_t)q->n_gen, 0),
+                            r->min_p};
+}
+
+static struct tb_logit_edit *edit_of(struct step *st, int32_t id, int *n)
+{
+    if (!st->edit_at[id]) {
+        st->edits[*n] = (struct tb_logit_edit){.id = id, .repeat = 1};
+        st->edit_at[id] = ++*n;
+    }
+    return &st->edits[st->edit_at[id] - 1];
+}
+
+/* Fills st->edits for the next token of q; returns how many. */
+static int make_edits(struct step *st, const struct tb_seq *q)
+{
+    const struct tb_sample *r = q->s->req;
+    int n = 0, total = tb_seq_tokens(q);
+    for (int i = 0; i < r->n_logit_bias; i++)
+        edit_of(st, r->logit_bias_tokens[i], &n)->bias = r->logit_bias[i];
+    if (r->repetition_penalty && r->repetition_penalty != 1) {
+        int from = r->repetition_last_n ? TB_MAX(total - r->repetition_last_n, 0) : 0;
+        for (int at = from; at < total; at++)
+            edit_of(st, tb_seq_token(q, at), &n)->repeat = r->repetition_penalty;
+    }
+    if (r->presence_penalty || r->frequency_penalty) {
+        for (int i = 0; i < q->n_gen; i++)
+            edit_of(st, q->gen[i], &n)->minus += 1;
+        for (int i = 0; i < n; i++)
+            if (st->edits[i].minus > 0)
+                st->edits[i].minus =
+                    r->presence_penalty + r->frequency_penalty * st->edits[i].minus;
+    }
+    for (int i = 0; i < n; i++)
+        st->edit_at[st->edits[i].id] = 0;
+    return n;
+}
+
+/* Fills st->allow from the op's filter; false when the op has failed. */
+static bool make_allow(struct step *st, const struct tb_seq *q)
+{
+    const struct tb_model *m = st->m;
+    struct tb_token_filter *f = q->s->req->filter;
+    size_t words = (size_t)(m->cfg.vocab + 63) / 64;
+    bool may_end = false, any = false;
+    const uint64_t *mask = f->mask(f, q->filter_state, q->s->max_tokens - q->n_gen, &may_end);
+    if (!mask) {
+        tb_sampling_fail(q->s, TB_ENOMEM, "no memory for the states of the sample's grammar");
+        return false;
+    }
+    memcpy(st->allow, mask, words * sizeof(*mask));
+    for (int i = 0; may_end && q->s->eos_stops && i < m->info.n_eos; i++)
+        if (m->eos[i] < m->cfg.vocab) st->allow[m->eos[i] / 64] |= (uint64_t)1 << (m->eos[i] % 64);
+    for (size_t i = 0; i < words; i++)
+        any |= st->allow[i] != 0;
+    if (!any) tb_sampling_fail(q->s, TB_EINVAL, "the sample's grammar allows no token");
+    return any;
+}
+
+/* Draws q's next token from a changed copy of its row; nothing when the op has failed. */
+static void draw_edited(struct step *st, const struct tb_seq *q, const float *logits,
+                        const struct tb_draw *d, int32_t *token)
+{
+    const struct tb_backend_ops *ops = st->m->be->ops;
+    int V = st->m->cfg.vocab;
+    bool filter = q->s->req->filter != NULL;
+    if (filter && !make_allow(st, q)) return;
+    int n = make_edits(st, q);
+    ops->copy(st->m->be, st->edit_row, logits, (size_t)V * sizeof(*logits));
+    ops->edit_logits(st->m->be, st->edit_row, V, st->edits, n, filter ? st->allow : NULL);
+    ops->draw(st->m->be, st->edit_row, 1, V, V, d, token);
 }
 
 /* The k best of one row, padded where the vocabulary is smaller. */
@@ -405,9 +501,12 @@ static void first_draws(struct step *st, struct tb_sampling *s, const float *log
     int V = st->m->cfg.vocab;
     for (int i = 0; i < s->req->n_samples && !s->done; i++) {
         struct tb_draw d = draw_of(&s->seqs[i]);
-        int32_t token;
+        int32_t token = 0;
         float scratch, lp;
-        ops->draw(st->m->be, logits, 1, V, V, &d, &token);
+        if (edits_logits(s->req))
+            draw_edited(st, &s->seqs[i], logits, &d, &token);
+        else
+            ops->draw(st->m->be, logits, 1, V, V, &d, &token);
         ops->logprobs(st->m->be, logits, 1, V, V, &token, 1, &scratch, &lp);
         accept(st, &s->seqs[i], token, lp, logits, lse);
     }
@@ -426,6 +525,11 @@ static void run_block(struct step *st, struct tb_pass *p, int from, int n)
     if (d1 > d0)
         ops->draw(st->m->be, p->logits + (size_t)d0 * (size_t)V, d1 - d0, V, V, st->draws + d0,
                   st->drawn + d0);
+    for (int i = d0; i < d1; i++) {
+        const struct tb_seq *q = st->out[from + i].q;
+        if (edits_logits(q->s->req) && !q->s->done)
+            draw_edited(st, q, p->logits + (size_t)i * (size_t)V, &st->draws[i], &st->drawn[i]);
+    }
     for (int i = 0; i < d0; i++) {
         const struct out_row *o = &st->out[from + i];
         st->drawn[i] = o->q->s->req->prompt[o->pos + 1];

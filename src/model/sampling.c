@@ -27,6 +27,39 @@ static int check_tokens(const struct tb_model *m, const struct tb_sample *r, str
     return 0;
 }
 
+static int check_edits(const struct tb_model *m, const struct tb_sample *r, struct tb_error *err)
+{
+    const struct {
+        const char *name;
+        float value;
+    } penalties[] = {{"presence_penalty", r->presence_penalty},
+                     {"frequency_penalty", r->frequency_penalty},
+                     {"repetition_penalty", r->repetition_penalty}};
+    for (size_t i = 0; i < TB_ARRAY_LEN(penalties); i++)
+        if (!isfinite(penalties[i].value))
+            return tb_error_set(err, TB_EINVAL, "%s is %g; it must be finite", penalties[i].name,
+                                (double)penalties[i].value);
+    if (r->repetition_penalty < 0)
+        return tb_error_set(err, TB_EINVAL, "repetition_penalty is %g; it must be above 0",
+                            (double)r->repetition_penalty);
+    if (r->repetition_last_n < 0)
+        return tb_error_set(err, TB_EINVAL, "repetition_last_n is %d; it must not be negative",
+                            r->repetition_last_n);
+    if (r->n_logit_bias < 0 || r->n_logit_bias > TB_MAX_LOGIT_BIAS)
+        return tb_error_set(err, TB_EINVAL, "logit_bias has %d tokens; at most %d are allowed",
+                            r->n_logit_bias, TB_MAX_LOGIT_BIAS);
+    for (int i = 0; i < r->n_logit_bias; i++) {
+        int32_t id = r->logit_bias_tokens[i];
+        if (id < 0 || id >= m->cfg.vocab)
+            return tb_error_set(err, TB_EINVAL, "logit_bias names token %d; ids are from 0 to %d",
+                                id, m->cfg.vocab - 1);
+        if (!isfinite(r->logit_bias[i]))
+            return tb_error_set(err, TB_EINVAL, "logit_bias of token %d is %g; it must be finite",
+                                id, (double)r->logit_bias[i]);
+    }
+    return 0;
+}
+
 static int check_params(const struct tb_sample *r, struct tb_error *err)
 {
     if (!isfinite(r->temperature) || r->temperature < 0)
@@ -35,6 +68,9 @@ static int check_params(const struct tb_sample *r, struct tb_error *err)
     if (!(r->top_p > 0) || r->top_p > 1)
         return tb_error_set(err, TB_EINVAL, "top_p is %g; it must be above 0 and at most 1",
                             (double)r->top_p);
+    if (!(r->min_p >= 0) || r->min_p > 1)
+        return tb_error_set(err, TB_EINVAL, "min_p is %g; it must be from 0 to 1",
+                            (double)r->min_p);
     if (r->top_k == 0 || r->top_k < -1)
         return tb_error_set(err, TB_EINVAL, "top_k is %d; it must be -1 (off) or at least 1",
                             r->top_k);
@@ -171,6 +207,7 @@ static int init(struct tb_sampling *s, struct tb_error *err)
     const struct tb_sample *r = s->req;
     int rc = check_tokens(s->m, r, err);
     if (!rc) rc = check_params(r, err);
+    if (!rc) rc = check_edits(s->m, r, err);
     if (!rc) rc = check_targets(s->m, r, err);
     if (!rc) rc = check_room(s, err);
     if (!rc) rc = make_stops(s, err);
@@ -181,6 +218,7 @@ static int init(struct tb_sampling *s, struct tb_error *err)
     for (int i = 0; i < r->n_samples; i++) {
         s->seqs[i].s = s;
         s->seqs[i].index = i;
+        if (r->filter) s->seqs[i].filter_state = r->filter->start;
         tb_stop_matcher_init(&s->seqs[i].matcher, s->stops);
     }
     s->n_open = r->n_samples;
@@ -421,8 +459,46 @@ void tb_seq_accept(struct tb_seq *q, int32_t token, float lp, const int32_t *top
     }
     q->n_gen++;
     q->stopped = stops_at(q, token);
+    struct tb_token_filter *filter = s->req->filter;
+    if (filter && !q->stopped)
+        q->filter_state = filter->accept(filter, q->filter_state, token, &q->stopped);
     if (!q->stopped && q->n_gen < s->max_tokens) return;
     q->state = TB_SEQ_DONE;
     tb_seq_release(q);
     if (--s->n_open == 0) finish(s);
+}
+
+struct tb_progress *tb_sampling_progress(struct tb_sampling *s)
+{
+    size_t n = 0, k = (size_t)s->req->topk_sample_logprobs;
+    if (!s->req->stream || s->op->error.code) return NULL;
+    for (int i = 0; i < s->req->n_samples; i++)
+        n += (size_t)(s->seqs[i].n_gen - s->seqs[i].n_told);
+    if (n == 0) return NULL;
+    struct tb_progress *p = tb_try_malloc(
+        sizeof(*p) + n * (sizeof(p->tokens[0]) + k * (sizeof(int32_t) + sizeof(float))));
+    if (!p) return NULL;
+    int32_t *ids = (int32_t *)(void *)(p->tokens + n);
+    float *lps = (float *)(void *)(ids + n * k);
+    tb_list_init(&p->node);
+    p->n = 0;
+    for (int i = 0; i < s->req->n_samples; i++) {
+        struct tb_seq *q = &s->seqs[i];
+        for (; q->n_told < q->n_gen; q->n_told++, ids += k, lps += k) {
+            size_t at = (size_t)q->n_told;
+            bool last = q->state == TB_SEQ_DONE && q->n_told + 1 == q->n_gen;
+            struct tb_sampled_token *t = &p->tokens[p->n++];
+            *t = (struct tb_sampled_token){i,
+                                           q->gen[at],
+                                           q->lps[at],
+                                           last,
+                                           last && q->stopped,
+                                           k ? ids : NULL,
+                                           k ? lps : NULL};
+            if (!k) continue;
+            memcpy(ids, q->topk_ids + at * k, k * sizeof(*ids));
+            memcpy(lps, q->topk_lps + at * k, k * sizeof(*lps));
+        }
+    }
+    return p;
 }

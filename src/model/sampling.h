@@ -32,6 +32,8 @@ struct tb_seq {
     int32_t *pages;
     struct tb_stop_matcher matcher;
     bool stopped;
+    int n_told;            /* tokens that tb_sampling_progress has told */
+    uint64_t filter_state; /* of the op's token filter */
 };
 
 struct tb_sampling {

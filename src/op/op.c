@@ -37,6 +37,8 @@ struct tb_op *tb_op_create(enum tb_op_type type)
 void tb_op_destroy(struct tb_op *op)
 {
     if (!op) return;
+    struct tb_token_filter *filter = op->type == TB_OP_SAMPLE ? op->u.sample.filter : NULL;
+    if (filter) filter->destroy(filter);
     tb_arena_fini(&op->arena);
     tb_free(op);
 }

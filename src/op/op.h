@@ -129,6 +129,21 @@ struct tb_load_weights {
 };
 
 /* ---- sampling */
+/* Which tokens a sample may draw: a grammar, say. What has been drawn is a number, its state, so
+ * that samples of one op share the filter. Owner: the op, whose end calls destroy (any thread). The
+ * other two are called by the thread that samples, one at a time. */
+struct tb_token_filter {
+    uint64_t start; /* state of a sample without tokens */
+    /* The tokens that may come next in a sample that may have `left` more (this one included): bit
+     * id % 64 of word id / 64, for every id of the model's vocabulary. *may_end: the text is
+     * complete, so the tokens that end a sample may come too. Borrowed until the next call; NULL
+     * fails the op with TB_ENOMEM. */
+    const uint64_t *(*mask)(struct tb_token_filter *f, uint64_t state, int32_t left, bool *may_end);
+    /* The state after a token. *over: nothing may follow, the sample stops here. */
+    uint64_t (*accept)(struct tb_token_filter *f, uint64_t state, int32_t token, bool *over);
+    void (*destroy)(struct tb_token_filter *f);
+};
+
 struct tb_sample {
     const char *base_model, *model_path; /* pre-0.3 addressing; else NULL */
     int32_t n_prompt;
@@ -139,6 +154,17 @@ struct tb_sample {
     uint64_t seed; /* core/ fills it with entropy when the client gave none */
     float temperature, top_p;
     int32_t top_k; /* -1: off */
+    float min_p;   /* tokens less likely than this times the likeliest are not drawn; 0: off */
+    /* What changes the logits before the draw, in this order; all zero: nothing does. Returned
+     * logprobs are of the unchanged ones. */
+    int32_t n_logit_bias;
+    const int32_t *logit_bias_tokens; /* each at most once */
+    const float *logit_bias;
+    float repetition_penalty;  /* logits of tokens seen: z / r if z > 0, else z * r; 0, 1: off */
+    int32_t repetition_last_n; /* of the last n of prompt and sample; 0: of all */
+    float presence_penalty;    /* taken from the logits of tokens in the sample */
+    float frequency_penalty;   /* the same, once for each time */
+    struct tb_token_filter *filter; /* or NULL */
     bool
         stop_given; /* false: stop at EOS; true and both lists empty: nothing stops, not even EOS */
     int32_t n_stop_tokens;
@@ -153,6 +179,23 @@ struct tb_sample {
     struct tb_tensor target_prompt_logprobs; /* i64 [P-1, K], -1 = nothing asked */
     /* The request came as CSR, so the answer goes as CSR with the same indices; else NULL. */
     const int64_t *target_crow, *target_col; /* [P], [target_crow[P-1]] */
+    bool stream; /* tokens are told as they are drawn (struct tb_progress) */
+};
+
+/* What a step added to a sample that streams. One allocation (tb_free). Of each sequence the tokens
+ * come in order, and none is left out. */
+struct tb_sampled_token {
+    int32_t sequence, token;
+    float logprob;
+    bool last, stopped;      /* the sequence ends with this token; as in struct tb_sequence */
+    const int32_t *topk_ids; /* [topk_sample_logprobs] or NULL */
+    const float *topk_logprobs;
+};
+struct tb_progress {
+    struct tb_list node; /* the owner's, with the next one */
+    void *owner;
+    int32_t n;
+    struct tb_sampled_token tokens[];
 };
 
 /* ---- results, filled by the engine or core into the op's arena */
@@ -214,6 +257,7 @@ struct tb_op {
     const char *sampling_session_id; /* sample */
     int64_t seq_id; /* training order or sample label; -1: none (0.1.5, arrival order) */
     const char *idempotency_key; /* X-Idempotency-Key or NULL */
+    uint64_t tenant; /* for whom: tenants get equal shares of the machine; core/ fills it */
 
     union {
         struct tb_create_model create_model;

@@ -37,6 +37,7 @@
 #define TB_MAX_SAMPLES       1024
 #define TB_MAX_TOPK_LOGPROBS 1024
 #define TB_MAX_STOPS         64
+#define TB_MAX_LOGIT_BIAS    1024
 #define TB_MAX_STOP_BYTES    4096
 
 /* Futures */

@@ -51,6 +51,17 @@ struct tb_engine *fake_engine_create(void)
     return e;
 }
 
+void fake_progress(struct tb_engine *e, int32_t n)
+{
+    struct tb_task *t = TB_LIST_ENTRY(e->tasks.next, struct tb_task, node);
+    assert_true(!tb_list_empty(&e->tasks) && t->op->u.sample.stream);
+    struct tb_progress *p = tb_calloc(1, sizeof(*p) + (size_t)n * sizeof(p->tokens[0]));
+    for (; p->n < n; p->n++)
+        p->tokens[p->n].token = (int32_t)t->op->seq_id + p->n;
+    t->progress(t, p);
+    tb_free(p);
+}
+
 static size_t length(const struct tb_list *l)
 {
     size_t n = 0;

@@ -339,14 +339,118 @@ static void test_finish(void **state)
     assert_int_equal(late.calls, 1);
 }
 
+struct streamed {
+    struct tb_core_stream s;
+    struct env *env;
+    char id[400];
+    int n, ends;
+    int32_t tokens[64];
+    enum tb_future_state state;
+    int code;
+    bool leave; /* goes away at the first token */
+};
+
+static void on_tokens(struct tb_core_stream *s, const struct tb_sampled_token *tokens, int32_t n)
+{
+    struct streamed *a = s->arg;
+    assert_int_equal(a->ends, 0);
+    for (int32_t i = 0; i < n; i++)
+        a->tokens[a->n++] = tokens[i].token;
+    if (!a->leave) return;
+    tb_core_unstream(a->env->core, s);
+    tb_core_cancel(a->env->core, a->id, strlen(a->id));
+}
+
+static void on_end(struct tb_core_stream *s, enum tb_future_state state, const struct tb_op *op)
+{
+    struct streamed *a = s->arg;
+    a->ends++;
+    a->state = state;
+    a->code = op ? op->error.code : 0;
+    if (state == TB_FUTURE_DONE) tb_core_retrieved(a->env->core, a->id, strlen(a->id));
+}
+
+static struct tb_op *op_stream(const char *sampler, int64_t seq)
+{
+    struct tb_op *op = op_sample(sampler, seq);
+    op->u.sample.stream = true;
+    return op;
+}
+
+static void stream_on(struct env *e, struct streamed *a)
+{
+    a->env = e;
+    a->s = (struct tb_core_stream){.tokens = on_tokens, .end = on_end, .arg = a};
+    tb_core_stream(e->core, a->id, strlen(a->id), &a->s);
+}
+
+static void test_streams(void **state)
+{
+    struct env *e = *state;
+    struct opened o = open_sampler(e, e->session, 0, "m0", NULL);
+    struct streamed a = {0}, b = {.leave = true}, c = {0}, d = {0};
+    /* All tokens in order, then the end; the result is gone when the client has it. */
+    must_submit(e, op_stream(o.id, 10), a.id);
+    stream_on(e, &a);
+    fake_progress(e->engine, 2);
+    fake_progress(e->engine, 1);
+    assert_int_equal(a.n, 3);
+    assert_int_equal(a.tokens[2], 10);
+    assert_int_equal(a.ends, 0);
+    settle(e);
+    assert_true(a.ends == 1 && a.state == TB_FUTURE_DONE && a.n == 3);
+    stream_on(e, &a);
+    assert_true(a.ends == 2 && a.state == TB_FUTURE_GONE);
+    copy_text(a.id, sizeof(a.id), "nonsense");
+    stream_on(e, &a);
+    assert_true(a.ends == 3 && a.state == TB_FUTURE_UNKNOWN);
+    /* A client that goes away inside its callback hears no more, and the sample is canceled. */
+    must_submit(e, op_stream(o.id, 20), b.id);
+    stream_on(e, &b);
+    fake_progress(e->engine, 2);
+    fake_progress(e->engine, 2);
+    struct waited w = result(e, b.id);
+    assert_true(b.n == 2 && b.ends == 0);
+    assert_int_equal(w.err.code, TB_ECANCELED);
+    /* The second stream takes the first one's place; one that comes late gets the end alone. */
+    must_submit(e, op_stream(o.id, 30), c.id);
+    copy_text(d.id, sizeof(d.id), c.id);
+    stream_on(e, &c);
+    stream_on(e, &d);
+    tb_core_unstream(e->core, &c.s);
+    fake_progress(e->engine, 1);
+    assert_true(c.n == 0 && d.n == 1);
+    settle(e);
+    assert_true(c.ends == 0 && d.ends == 1 && d.state == TB_FUTURE_DONE);
+    must_submit(e, op_stream(o.id, 40), c.id);
+    settle(e);
+    stream_on(e, &c);
+    assert_true(c.ends == 1 && c.state == TB_FUTURE_DONE && c.n == 0);
+    /* The session ends: so does the stream. */
+    must_submit(e, op_stream(o.id, 50), d.id);
+    d.ends = d.n = 0;
+    stream_on(e, &d);
+    tb_core_finish_session(e->core, e->session, "success", NULL, NULL);
+    settle(e);
+    assert_true(d.ends == 1 && d.state == TB_FUTURE_FAILED && d.code == TB_ECANCELED);
+}
+
 #define T(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
 
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        T(test_base),           T(test_labels),      T(test_ephemeral),          T(test_inflight),
-        T(test_sharing),        T(test_overwritten), T(test_damaged_checkpoint), T(test_by_address),
-        T(test_idle_addresses), T(test_finish),
+        T(test_base),
+        T(test_labels),
+        T(test_ephemeral),
+        T(test_inflight),
+        T(test_sharing),
+        T(test_overwritten),
+        T(test_damaged_checkpoint),
+        T(test_by_address),
+        T(test_idle_addresses),
+        T(test_finish),
+        T(test_streams),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -22,7 +22,7 @@ struct tb_graph {
 struct tb_sampling {
     struct tb_op *op;
     struct tb_adapter_version *version;
-    int32_t done;
+    int32_t done, told;
 };
 
 struct fake_event fake_events[FAKE_MAX_EVENTS];
@@ -204,6 +204,16 @@ void tb_sampling_destroy(struct tb_sampling *s)
 bool tb_sampling_done(const struct tb_sampling *s)
 {
     return s->done >= s->op->u.sample.max_tokens;
+}
+
+struct tb_progress *tb_sampling_progress(struct tb_sampling *s)
+{
+    size_t n = (size_t)(s->done - s->told);
+    if (!s->op->u.sample.stream || n == 0) return NULL;
+    struct tb_progress *p = tb_calloc(1, sizeof(*p) + n * sizeof(p->tokens[0]));
+    for (; s->told < s->done; s->told++)
+        p->tokens[p->n++].token = s->told;
+    return p;
 }
 
 int tb_model_sample_step(struct tb_model *m, struct tb_sampling *const *s, int n,

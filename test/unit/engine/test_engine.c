@@ -257,6 +257,49 @@ static void test_publish_and_sample(void **state)
     assert_int_equal(f->failed, 1);
 }
 
+struct told {
+    struct fixture *f;
+    int n;
+    bool out_of_order;
+};
+
+static void on_progress(struct tb_task *t, const struct tb_progress *p)
+{
+    struct told *told = t->arg;
+    for (int32_t i = 0; i < p->n; i++)
+        told->out_of_order |= p->tokens[i].token != told->n++;
+}
+
+static void on_told(struct tb_task *t)
+{
+    struct told *told = t->arg;
+    t->arg = told->f;
+    told->out_of_order |= told->n != t->op->u.sample.max_tokens;
+    on_done(t);
+}
+
+/* Every token is told, in order, before the end. */
+static void test_progress(void **state)
+{
+    struct fixture *f = *state;
+    struct told told[8] = {{0}};
+    for (int i = 0; i < 8; i++) {
+        struct tb_task *t = tb_task_create(TB_TASK_SAMPLE);
+        told[i].f = f;
+        t->arg = &told[i];
+        t->progress = on_progress;
+        t->cb = on_told;
+        t->op = tb_op_create(TB_OP_SAMPLE);
+        t->op->u.sample.max_tokens = 50 + 100 * i;
+        t->op->u.sample.stream = true;
+        tb_engine_submit(f->engine, t);
+    }
+    run_until(f, 8);
+    assert_int_equal(f->failed, 0);
+    for (int i = 0; i < 8; i++)
+        assert_false(told[i].out_of_order);
+}
+
 static void test_cancel(void **state)
 {
     struct fixture *f = *state;
@@ -344,6 +387,7 @@ int main(void)
         T(test_fair_to_small_tenant),
         T(test_turns),
         T(test_publish_and_sample),
+        T(test_progress),
         T(test_cancel),
         T(test_failures),
         T(test_losses),

@@ -339,6 +339,13 @@ static void test_validation(void **state)
         {"last_n alone", "prompt_logprobs_last_n needs prompt_logprobs", TB_EINVAL},
         {"topk", "topk_prompt_logprobs is -1", TB_EINVAL},
         {"targets", "target_prompt_logprobs must be int64 of shape [9, K]", TB_EINVAL},
+        {"min_p", "min_p is 1.5; it must be from 0 to 1", TB_EINVAL},
+        {"bias token", "logit_bias names token 61; ids are from 0 to 60", TB_EINVAL},
+        {"bias nan", "logit_bias of token 60 is", TB_EINVAL},
+        {"many biases", "logit_bias has 1025 tokens; at most 1024 are allowed", TB_EINVAL},
+        {"presence", "presence_penalty is inf; it must be finite", TB_EINVAL},
+        {"repetition", "repetition_penalty is -1; it must be above 0", TB_EINVAL},
+        {"window", "repetition_last_n is -1; it must not be negative", TB_EINVAL},
         {"stop", "", TB_EINVAL},
         {"stop text", "", TB_EINVAL}, /* there is no tokenizer */
     };
@@ -363,6 +370,16 @@ static void test_validation(void **state)
         if (!strcmp(w, "last_n")) s->prompt_logprobs = true;
         if (!strcmp(w, "topk")) s->topk_prompt_logprobs = -1;
         if (!strcmp(w, "targets")) s->has_target_prompt_logprobs = true;
+        int32_t bias_token = !strcmp(w, "bias token") ? 61 : 60;
+        float bias = !strcmp(w, "bias nan") ? NAN : 1;
+        if (!strncmp(w, "bias", 4)) s->n_logit_bias = 1;
+        if (!strcmp(w, "many biases")) s->n_logit_bias = 1025;
+        s->logit_bias_tokens = &bias_token;
+        s->logit_bias = &bias;
+        if (!strcmp(w, "min_p")) s->min_p = 1.5f;
+        if (!strcmp(w, "presence")) s->presence_penalty = INFINITY;
+        if (!strcmp(w, "repetition")) s->repetition_penalty = -1;
+        if (!strcmp(w, "window")) s->repetition_last_n = -1;
         if (!strncmp(w, "stop", 4)) {
             s->n_stop_strings = 1;
             s->stop_strings = !strcmp(w, "stop") ? strings : text;
@@ -465,13 +482,296 @@ static int teardown(void **state)
     return 0;
 }
 
+/* A filter that allows the three tokens (state + 1) * 5 + {0, 1, 2}, ends after `end` tokens and
+ * may end after one. */
+struct steps {
+    struct tb_token_filter f;
+    uint64_t mask[8];
+    uint64_t end;
+    int *destroyed;
+    bool nothing, no_memory;
+};
+
+static const uint64_t *steps_mask(struct tb_token_filter *f, uint64_t state, int32_t left,
+                                  bool *may_end)
+{
+    struct steps *s = (struct steps *)f;
+    assert_int_equal(left, 20 - (int)state);
+    *may_end = state > 0;
+    memset(s->mask, 0, sizeof(s->mask));
+    for (uint64_t id = (state + 1) * 5; !s->nothing && id < (state + 1) * 5 + 3; id++)
+        s->mask[id / 64] |= (uint64_t)1 << id % 64;
+    *may_end &= !s->nothing;
+    return s->no_memory ? NULL : s->mask;
+}
+
+static uint64_t steps_accept(struct tb_token_filter *f, uint64_t state, int32_t token, bool *over)
+{
+    uint64_t first = (state + 1) * 5;
+    assert_in_range(token, first, first + 2);
+    *over = state + 1 == ((struct steps *)f)->end;
+    return state + 1;
+}
+
+static void steps_destroy(struct tb_token_filter *f)
+{
+    ++*((struct steps *)f)->destroyed;
+    tb_free(f);
+}
+
+static struct steps *put_steps(struct tb_op *op, uint64_t end, int *destroyed)
+{
+    struct steps *s = tb_calloc(1, sizeof(*s));
+    s->f = (struct tb_token_filter){0, steps_mask, steps_accept, steps_destroy};
+    s->end = end;
+    s->destroyed = destroyed;
+    op->u.sample.filter = &s->f;
+    op->u.sample.max_tokens = 20;
+    return s;
+}
+
+static void run_failing(struct tb_model *m, struct tb_op *op, int code)
+{
+    struct tb_sampling *s;
+    struct tb_error err;
+    int rows;
+    assert_int_equal(tb_sampling_create(&s, m, NULL, op), 0);
+    for (int i = 0; i < 10 && !tb_sampling_done(s); i++)
+        assert_int_equal(tb_model_sample_step(m, &s, 1, 100, &rows, &err), 0);
+    assert_true(tb_sampling_done(s));
+    assert_int_equal(op->error.code, code);
+    tb_sampling_destroy(s);
+    tb_op_destroy(op);
+}
+
+static void test_token_filter(void **state)
+{
+    (void)state;
+    struct tb_model *m = open_model(backend_f32(), &shapes[0], NULL);
+    int32_t prompt[30];
+    int destroyed = 0, freed = 0;
+    random_tokens(prompt, 30, shapes[0].vocab, 1);
+    for (int n = 1; n <= 4; n += 3) {
+        struct tb_op *op = op_sample(prompt, 30, 20, 3);
+        op->u.sample.n_samples = n;
+        put_steps(op, 9, &freed);
+        run_samples(m, NULL, &op, 1, 100);
+        for (int i = 0; i < n; i++) {
+            const struct tb_sequence *q = &op->result.sequences[i];
+            assert_true(q->stopped && q->n == 9); /* nothing ends it: stop is given and empty */
+        }
+        /* Logprobs are those of all tokens: equal to forward's. */
+        int32_t all[64];
+        memcpy(all, prompt, sizeof(prompt));
+        memcpy(all + 30, op->result.sequences[n - 1].tokens, 9 * 4);
+        struct tb_lora_config c = {1, 32, true, 1, true, true, true};
+        struct tb_adapter *zero;
+        CHECK_OK(tb_adapter_create(&zero, m, &c, &check_err));
+        struct tb_op *f = op_cross_entropy(all, 39, false);
+        run_train(m, zero, f);
+        assert_memory_equal(f->result.outputs[0].logprobs + 29,
+                            op->result.sequences[n - 1].logprobs, 9 * 4);
+        tb_op_destroy(f);
+        tb_adapter_free(zero);
+        tb_op_destroy(op);
+        assert_int_equal(freed, ++destroyed);
+    }
+    /* Where the text may end, the model's end tokens come too. */
+    struct tb_op *op = op_sample(prompt, 30, 20, 3);
+    int32_t bias_token = 3;
+    float bias = 100;
+    m->eos[0] = 3;
+    m->info.n_eos = 1;
+    op->u.sample.stop_given = false;
+    op->u.sample.n_logit_bias = 1;
+    op->u.sample.logit_bias_tokens = &bias_token;
+    op->u.sample.logit_bias = &bias;
+    put_steps(op, 9, &freed);
+    run_samples(m, NULL, &op, 1, 100);
+    assert_int_equal(op->result.sequences[0].n, 2);
+    assert_true(op->result.sequences[0].stopped);
+    assert_int_equal(op->result.sequences[0].tokens[1], 3);
+    tb_op_destroy(op);
+    op = op_sample(prompt, 30, 20, 3);
+    put_steps(op, 9, &freed)->nothing = true;
+    run_failing(m, op, TB_EINVAL);
+    op = op_sample(prompt, 30, 20, 3);
+    op->u.sample.n_samples = 3;
+    put_steps(op, 9, &freed)->no_memory = true;
+    run_failing(m, op, TB_ENOMEM);
+    assert_int_equal(freed, 5);
+    assert_int_equal(tb_kv_room(&m->kv), m->kv.n_pages);
+    tb_model_free(m);
+}
+
+/* Each penalty against its formula, over the logprobs of a greedy sample's own rows: greedy takes
+ * the largest changed logit, and logits and logprobs differ by one number in a row. */
+static void test_penalties(void **state)
+{
+    (void)state;
+    struct tb_model *m = open_model(backend_f32(), &shapes[0], NULL);
+    int V = shapes[0].vocab, n_changed = 0;
+    int32_t prompt[30];
+    random_tokens(prompt, 30, V, 1);
+    int32_t bias_ids[2] = {prompt[3], 5};
+    float bias[2] = {0.7f, 1.5f};
+    for (int kind = 0; kind < 3; kind++) {
+        struct tb_op *op = op_sample(prompt, 30, 40, 3);
+        struct tb_sample *r = &op->u.sample;
+        r->temperature = 0;
+        r->topk_sample_logprobs = TB_MIN(V, 1024);
+        int k = r->topk_sample_logprobs;
+        if (kind == 0) {
+            r->presence_penalty = 0.5f;
+            r->frequency_penalty = 0.25f;
+        } else if (kind == 1) {
+            r->n_logit_bias = 2;
+            r->logit_bias_tokens = bias_ids;
+            r->logit_bias = bias;
+            r->frequency_penalty = -0.125f;
+        } else {
+            r->min_p = 0.999f; /* with this the likeliest alone, so as greedy as T = 0 */
+            r->temperature = 1;
+            r->presence_penalty = 2;
+        }
+        run_samples(m, NULL, &op, 1, 100);
+        const struct tb_sequence *q = &op->result.sequences[0];
+        for (int at = 0; at < q->n; at++) {
+            int32_t best = -1;
+            float top = -INFINITY;
+            for (int j = 0; j < k; j++) {
+                int32_t id = q->topk_ids[at * k + j];
+                float z = q->topk_logprobs[at * k + j], times = 0;
+                for (int i = 0; i < at; i++)
+                    times += q->tokens[i] == id;
+                for (int i = 0; i < r->n_logit_bias; i++)
+                    z += bias_ids[i] == id ? bias[i] : 0;
+                if (times > 0) z -= r->presence_penalty + r->frequency_penalty * times;
+                if (z > top) {
+                    top = z;
+                    best = id;
+                }
+            }
+            assert_int_equal(q->tokens[at], best);
+            n_changed += best != q->topk_ids[at * k];
+        }
+        tb_op_destroy(op);
+    }
+    assert_true(n_changed > 10);
+    /* A repetition penalty over the last tokens of prompt and sample: a window of one token makes
+     * the last one alone unlikely, no window all of them (61 tokens for 70 places: some repeat). */
+    int repeats[2] = {0};
+    for (int kind = 0; kind < 2; kind++) {
+        struct tb_op *op = op_sample(prompt, 30, 40, 3);
+        op->u.sample.temperature = 0;
+        op->u.sample.repetition_penalty = 1e9f;
+        op->u.sample.repetition_last_n = kind;
+        run_samples(m, NULL, &op, 1, 100);
+        const struct tb_sequence *q = &op->result.sequences[0];
+        for (int at = 0; at < q->n; at++) {
+            if (kind == 1) assert_int_not_equal(q->tokens[at], at ? q->tokens[at - 1] : prompt[29]);
+            for (int i = 0; i < 30 + at; i++)
+                repeats[kind] += (i < 30 ? prompt[i] : q->tokens[i - 30]) == q->tokens[at];
+        }
+        tb_op_destroy(op);
+    }
+    assert_true(repeats[0] < repeats[1]);
+    tb_model_free(m);
+}
+
+/* Edited draws give the same bits alone and in company, whatever the order of the rows. */
+static void test_edits_in_company(void **state)
+{
+    (void)state;
+    struct tb_model *m = open_model(backend_f32(), &shapes[1], NULL);
+    enum { N = 6 };
+    struct tb_op *alone[N], *load[N];
+    for (int i = 0; i < N; i++) {
+        int32_t prompt[60];
+        random_tokens(prompt, 10 * i + 3, shapes[1].vocab, (uint64_t)i);
+        for (int k = 0; k < 2; k++) {
+            struct tb_op *op = op_sample(prompt, 10 * i + 3, 30, 5);
+            op->u.sample.n_samples = 1 + i % 3;
+            if (i % 2) op->u.sample.frequency_penalty = 0.3f * (float)i;
+            if (i > 3) op->u.sample.repetition_penalty = 1.3f;
+            if (i > 2) op->u.sample.min_p = 0.02f;
+            *(k ? &load[i] : &alone[i]) = op;
+        }
+        run_samples(m, NULL, &alone[i], 1, 1000);
+    }
+    run_samples(m, NULL, load, N, 13);
+    for (int i = 0; i < N; i++) {
+        same_sequences(alone[i], load[i]);
+        tb_op_destroy(alone[i]);
+        tb_op_destroy(load[i]);
+    }
+    tb_model_free(m);
+}
+
+/* What is told while a sample runs is what its result holds. */
+static void test_progress(void **state)
+{
+    (void)state;
+    struct tb_model *m = open_model(backend_f32(), &shapes[0], NULL);
+    int32_t prompt[20];
+    random_tokens(prompt, 20, shapes[0].vocab, 1);
+    struct tb_op *op = op_sample(prompt, 20, 25, 3);
+    op->u.sample.n_samples = 3;
+    op->u.sample.topk_sample_logprobs = 2;
+    op->u.sample.stream = true;
+    struct tb_sampling *s;
+    struct tb_error err;
+    int n_told[3] = {0}, n_last = 0, rows, steps = 0;
+    struct tb_sampled_token told[3][25];
+    int32_t ids[3][25][2];
+    float lps[3][25][2];
+    assert_int_equal(tb_sampling_create(&s, m, NULL, op), 0);
+    for (; !tb_sampling_done(s); steps++) {
+        assert_int_equal(tb_model_sample_step(m, &s, 1, 7, &rows, &err), 0);
+        if (steps % 4 == 3 && !tb_sampling_done(s)) continue; /* a missed one is made up for */
+        struct tb_progress *p = tb_sampling_progress(s);
+        for (int i = 0; p && i < p->n; i++) {
+            const struct tb_sampled_token *t = &p->tokens[i];
+            int q = t->sequence, at = n_told[q]++;
+            told[q][at] = *t;
+            memcpy(ids[q][at], t->topk_ids, 8);
+            memcpy(lps[q][at], t->topk_logprobs, 8);
+            assert_int_equal(t->last, at == 24);
+            n_last += t->last && !t->stopped;
+        }
+        tb_free(p);
+        assert_null(tb_sampling_progress(s));
+    }
+    assert_int_equal(n_last, 3);
+    for (int q = 0; q < 3; q++) {
+        const struct tb_sequence *r = &op->result.sequences[q];
+        assert_int_equal(n_told[q], r->n);
+        for (int at = 0; at < r->n; at++)
+            assert_true(told[q][at].token == r->tokens[at] &&
+                        told[q][at].logprob == r->logprobs[at]);
+        assert_memory_equal(ids[q], r->topk_ids, (size_t)r->n * 8);
+        assert_memory_equal(lps[q], r->topk_logprobs, (size_t)r->n * 8);
+    }
+    tb_sampling_destroy(s);
+    tb_op_destroy(op);
+    tb_model_free(m);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_agreement),      cmocka_unit_test(test_seeds_and_preemption),
-        cmocka_unit_test(test_filters),        cmocka_unit_test(test_stops),
-        cmocka_unit_test(test_prompt_outputs), cmocka_unit_test(test_validation),
-        cmocka_unit_test(test_room),           cmocka_unit_test(test_out_of_memory),
+        cmocka_unit_test(test_agreement),
+        cmocka_unit_test(test_seeds_and_preemption),
+        cmocka_unit_test(test_filters),
+        cmocka_unit_test(test_stops),
+        cmocka_unit_test(test_prompt_outputs),
+        cmocka_unit_test(test_validation),
+        cmocka_unit_test(test_room),
+        cmocka_unit_test(test_out_of_memory),
+        cmocka_unit_test(test_token_filter),
+        cmocka_unit_test(test_penalties),
+        cmocka_unit_test(test_edits_in_company),
+        cmocka_unit_test(test_progress),
     };
     return cmocka_run_group_tests_name("model sampling", tests, NULL, teardown);
 }
