@@ -27,7 +27,7 @@ enum { REDZONE = 16 };
 enum { REDZONE = 0 };
 #endif
 
-enum { ALIGN = 16, FIRST_BLOCK = 4 * 1024, LAST_BLOCK = 256 * 1024 };
+enum { ALIGN = 16, FIRST_BLOCK = 512, LAST_BLOCK = 256 * 1024 };
 
 struct tb_arena_block {
     struct tb_arena_block *next;
