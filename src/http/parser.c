@@ -400,7 +400,10 @@ enum tb_http_parse tb_http_parser_feed(struct tb_http_parser *p, const char *dat
         size_t done = rc == HPE_OK ? take : (size_t)(llhttp_get_error_pos(&p->ll) - at);
         if (rc != HPE_OK && rc != HPE_PAUSED) {
             /* What is wrong first is said, however the bytes were split. */
-            if (header && !p->status) headers_scan(p, at, TB_MIN(done, take));
+            int status = p->status;
+            p->status = 0;
+            if (header && headers_scan(p, at, TB_MIN(done, take))) return TB_HTTP_PARSE_ERROR;
+            p->status = status;
             return fail(p, rc);
         }
         TB_BUG_ON(done > take);

@@ -71,6 +71,7 @@ const char *tb_http_target_set(struct tb_http_request *req, const char *target, 
     if (tb_span_eq(t, "*")) {
         if (req->method != TB_HTTP_OPTIONS) return "malformed request target";
         req->path = TB_SPAN_LIT("/*");
+        req->query = TB_SPAN_LIT("");
         return NULL;
     }
     if (target[0] != '/') {

@@ -618,6 +618,22 @@ static void transcript(struct fixture *f, const char *bytes, size_t n, size_t st
     client_close(c);
 }
 
+/* What is wrong first is said, though llhttp only stumbles over what follows. */
+static void test_first_fault(void **state)
+{
+    struct fixture f;
+    struct reply r;
+    (void)state;
+    fx_start(&f, NULL, fx_echo);
+    struct client *c = client_open(&f);
+    client_puts(c, "GET /x HTTP/1.1\r\n" H "A: b\r\n c\r\n: d\r\n\r\n");
+    client_reply(c, &r, false);
+    assert_int_equal(r.status, 400);
+    assert_non_null(memmem(r.body, r.body_n, "folded header line", 18));
+    client_expect_eof(c);
+    fx_stop(&f);
+}
+
 /* Damaged requests: whatever becomes of them, it does not depend on how the bytes are split. */
 static void test_mutations(void **state)
 {
@@ -676,6 +692,7 @@ int main(void)
         cmocka_unit_test(test_one_byte_at_a_time),
         cmocka_unit_test(test_seven_bytes_at_a_time),
         cmocka_unit_test(test_pipelined),
+        cmocka_unit_test(test_first_fault),
         cmocka_unit_test(test_mutations),
         cmocka_unit_test(test_limits),
         cmocka_unit_test(test_continue),
