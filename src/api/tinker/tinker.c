@@ -65,6 +65,7 @@ static const struct tb_route ROUTES[] = {
     GET(V1 "training_runs", tb_tinker_list_runs),
     GET(V1 "training_runs/{}", tb_tinker_get_run),
     GET(V1 "training_runs/{}/checkpoints", tb_tinker_run_checkpoints),
+    GET(V1 "models/{}/checkpoints", tb_tinker_run_checkpoints), /* the SDK before 0.6 */
     GET(V1 "checkpoints", tb_tinker_list_checkpoints),
     DEL(CKPT, tb_tinker_delete_checkpoint),
     POST(CKPT "/publish", tb_tinker_publish),
