@@ -27,7 +27,8 @@ struct tb_kv {
     char *mem;         /* [n_layers][n_pages][page_bytes]; NULL until tb_kv_ready */
     int32_t *free_list;
     int32_t *refs;
-    int64_t n_preempted; /* sequences that were sent away and computed again */
+    int64_t n_preempted;                   /* sequences that were sent away and computed again */
+    int64_t n_lookup_tokens, n_hit_tokens; /* of prompts; of these found in kept pages */
     struct tb_prefix prefix;
     bool no_reuse; /* neither keep nor find pages: what they hold cannot be trusted */
 };

@@ -2,11 +2,16 @@
  * One step of sampling: choose the sequences that advance and find them pages, run their rows as
  * one packed pass, draw tokens and score prompts from the head's rows. See model.h and sampling.h.
  *
- * Pages are given out in a fixed order of precedence: older sampling first, prompt before samples,
- * lower sample first. A running sequence may take the pages of one that comes later, which is then
- * computed again from its tokens; a waiting one only takes free pages, and nobody overtakes it.
- * Pages that are kept for later prompts and not in use are as good as free. So the first running
- * sequence always advances, and with nobody running the first waiting one fits.
+ * Sequences that decode advance by a row each; the rows for prompts are shared equally by the
+ * tenants that have prompts, so a hundred long ones of one tenant do not hold up a short one of
+ * another.
+ *
+ * Running sequences take pages in a fixed order of precedence: older sampling first, prompt before
+ * samples, lower sample first. One that decodes may take the pages of one that comes later, which
+ * is then computed again from its tokens. A waiting one only takes free pages, tenants with few
+ * pages first, and nobody who waits overtakes it. Pages that are kept for later prompts and not in
+ * use are as good as free. So the first running sequence advances, and with nobody running the
+ * first waiting one fits.
  *
  * Owner: struct step lives for one call. Thread: the model's.
  */
@@ -36,9 +41,23 @@ struct out_row { /* a row whose logits are wanted */
     int pos; /* position in the sequence */
 };
 
+struct fill { /* a sequence with more to compute than the token it drew last */
+    struct tb_seq *q;
+    int order, n; /* of precedence; rows granted */
+};
+
+struct turn { /* a tenant's fills */
+    struct fill *next, *end;
+    int n_held; /* pages of its sequences */
+};
+
 struct step {
     struct tb_model *m;
-    int budget; /* prefill rows left */
+    int budget;    /* prefill rows */
+    int n_running; /* sequences that hold pages */
+    int n_fills, cap_fills, n_turns;
+    struct fill *fills;
+    struct turn *turns; /* [n_turns] */
     int n, cap;
     struct entry *entries;
     int T;
@@ -114,25 +133,52 @@ static bool need_pages(struct tb_model *m, struct tb_seq *q, int n)
     return true;
 }
 
+/* Whether the next full page of a waiting prompt, after those that it has found, is being computed
+ * for another prompt: then it is worth waiting for. */
+static bool page_is_coming(const struct tb_model *m, const struct tb_seq *q, int limit)
+{
+    int at = q->n_pages, end = (at + 1) * TB_KV_PAGE;
+    if (end > limit || m->kv.no_reuse) return false;
+    TB_LIST_FOREACH (it, &m->samplings) {
+        const struct tb_sampling *s = TB_LIST_ENTRY(it, struct tb_sampling, node);
+        const struct tb_seq *r = &s->root;
+        if (r->state != TB_SEQ_RUNNING || s->forked || s->version != q->s->version) continue;
+        if (r->n_kv >= end || s->n_prompt < end || (at && r->pages[at - 1] != q->pages[at - 1]))
+            continue;
+        if (!memcmp(s->req->prompt + at * TB_KV_PAGE, q->s->req->prompt + at * TB_KV_PAGE,
+                    TB_KV_PAGE * sizeof(*s->req->prompt)))
+            return true;
+    }
+    return false;
+}
+
+enum admission { ADMITTED, LATER, NO_ROOM };
+
 /* Gives a waiting sequence all pages of its tokens, kept ones as far as they hold its tokens and
  * the rest from the free ones, leaving those that run one each. The rows from the first scored one
  * on, or the last row, are computed in any case. */
-static bool admit(struct tb_model *m, struct tb_seq *q, int n_running)
+static enum admission admit(struct tb_model *m, struct tb_seq *q, int n_running)
 {
     int want = tb_kv_pages_for(tb_seq_tokens(q));
-    if (!tb_seq_reserve_pages(q, want)) return false;
-    tb_seq_find_pages(q, q->index < 0 ? q->s->score_from : tb_seq_tokens(q) - 1);
+    int limit = q->index < 0 ? q->s->score_from : tb_seq_tokens(q) - 1;
+    if (!tb_seq_reserve_pages(q, want)) return NO_ROOM;
+    tb_seq_find_pages(q, limit);
     int fresh = want - q->n_pages, room = tb_kv_room(&m->kv);
-    if (room < fresh + n_running && !(n_running == 0 && room >= fresh)) {
+    bool later = q->index < 0 && page_is_coming(m, q, limit);
+    if (later || (room < fresh + n_running && !(n_running == 0 && room >= fresh))) {
         tb_seq_release(q);
-        return false;
+        return later ? LATER : NO_ROOM;
     }
     while (q->n_pages < want)
         q->pages[q->n_pages++] = tb_kv_take(&m->kv);
     q->state = TB_SEQ_RUNNING;
-    if (!q->s->admitted) q->s->op->result.prompt_cache_hit_tokens = q->n_kv;
+    if (!q->s->admitted) {
+        q->s->op->result.prompt_cache_hit_tokens = q->n_kv;
+        m->kv.n_hit_tokens += q->n_kv;
+        m->kv.n_lookup_tokens += q->s->n_prompt;
+    }
     q->s->admitted = true;
-    return true;
+    return ADMITTED;
 }
 
 /* ---- choosing */
@@ -149,49 +195,130 @@ static void add_entry(struct step *st, struct tb_seq *q, int n)
     st->T += n;
 }
 
-static int count_running(const struct tb_model *m)
+/* Calls fn for what may advance in this step: prompts, then their samples, in the order of
+ * precedence. */
+static void for_each_open(struct step *st, void (*fn)(struct step *st, struct tb_seq *q))
 {
-    int n = 0;
-    TB_LIST_FOREACH (it, &m->samplings) {
-        const struct tb_sampling *s = TB_LIST_ENTRY(it, struct tb_sampling, node);
-        n += s->root.state == TB_SEQ_RUNNING;
-        for (int i = 0; i < s->req->n_samples; i++)
-            n += s->seqs[i].state == TB_SEQ_RUNNING;
-    }
-    return n;
-}
-
-static void consider(struct step *st, struct tb_seq *q, bool *blocked)
-{
-    if (q->state == TB_SEQ_DONE) return;
-    if (q->state == TB_SEQ_WAITING) {
-        if (*blocked || st->budget <= 0) return;
-        if (!admit(st->m, q, count_running(st->m))) {
-            *blocked = true;
-            return;
-        }
-    }
-    int pending = tb_seq_tokens(q) - q->n_kv;
-    bool decode = pending == 1 && q->n_kv > 0;
-    int n = decode ? 1 : TB_MIN(pending, st->budget);
-    if (n <= 0 || !need_pages(st->m, q, n)) return;
-    if (!decode) st->budget -= n;
-    add_entry(st, q, n);
-}
-
-static void choose(struct step *st)
-{
-    bool blocked = false;
     TB_LIST_FOREACH (it, &st->m->samplings) {
         struct tb_sampling *s = TB_LIST_ENTRY(it, struct tb_sampling, node);
         if (!s->chosen || s->done) continue;
-        if (!s->forked) {
-            consider(st, &s->root, &blocked);
-            continue;
-        }
-        for (int i = 0; i < s->req->n_samples; i++)
-            consider(st, &s->seqs[i], &blocked);
+        if (!s->forked) fn(st, &s->root);
+        for (int i = 0; s->forked && i < s->req->n_samples; i++)
+            if (s->seqs[i].state != TB_SEQ_DONE) fn(st, &s->seqs[i]);
     }
+}
+
+static bool decodes(const struct tb_seq *q)
+{
+    return q->state == TB_SEQ_RUNNING && q->n_kv > 0 && tb_seq_tokens(q) - q->n_kv == 1;
+}
+
+static void add_decode(struct step *st, struct tb_seq *q)
+{
+    if (decodes(q) && need_pages(st->m, q, 1)) add_entry(st, q, 1);
+}
+
+static void add_fill(struct step *st, struct tb_seq *q)
+{
+    if (q->state == TB_SEQ_RUNNING) st->n_running++;
+    if (decodes(q)) return;
+    if (st->n_fills == st->cap_fills) {
+        st->cap_fills = st->cap_fills ? st->cap_fills * 2 : 64;
+        st->fills = tb_realloc(st->fills, (size_t)st->cap_fills * sizeof(*st->fills));
+    }
+    st->fills[st->n_fills] = (struct fill){q, st->n_fills, 0};
+    st->n_fills++;
+}
+
+static uint64_t tenant_of(const struct tb_seq *q)
+{
+    return q->s->op->tenant;
+}
+
+/* By tenant; of one tenant those that run first, then the oldest. */
+static int by_tenant(const void *a, const void *b)
+{
+    const struct fill *x = a, *y = b;
+    if (tenant_of(x->q) != tenant_of(y->q)) return tenant_of(x->q) < tenant_of(y->q) ? -1 : 1;
+    bool wx = x->q->state == TB_SEQ_WAITING, wy = y->q->state == TB_SEQ_WAITING;
+    return wx != wy ? wx - wy : x->order - y->order;
+}
+
+static void add_held(struct step *st, struct tb_seq *q)
+{
+    for (int i = 0; i < st->n_turns; i++)
+        if (tenant_of(st->turns[i].next->q) == tenant_of(q)) st->turns[i].n_held += q->n_pages;
+}
+
+/* Whoever holds the fewest pages comes first, so that tenants get pages in turn. */
+static int by_held(const void *a, const void *b)
+{
+    const struct turn *x = a, *y = b;
+    return x->n_held != y->n_held ? x->n_held - y->n_held : x->next->order - y->next->order;
+}
+
+/* Grants a tenant up to n rows; returns how many it took. */
+static int grant(struct step *st, struct turn *t, int n, bool *no_room)
+{
+    int left = n;
+    while (left > 0 && t->next < t->end) {
+        struct fill *f = t->next;
+        enum admission a = ADMITTED;
+        if (f->q->state == TB_SEQ_WAITING) {
+            a = *no_room ? NO_ROOM : admit(st->m, f->q, st->n_running);
+            *no_room |= a == NO_ROOM;
+            st->n_running += a == ADMITTED;
+        }
+        int pending = tb_seq_tokens(f->q) - f->q->n_kv - f->n;
+        int rows = a == ADMITTED ? TB_MIN(pending, left) : 0;
+        f->n += rows;
+        left -= rows;
+        if (rows < pending && a == ADMITTED) break;
+        t->next++;
+    }
+    return n - left;
+}
+
+/* Shares the step's prefill rows: every tenant with tokens to compute gets the same part, and what
+ * one does not need goes to the others. Of one tenant the oldest comes first. When a sequence has
+ * to wait for pages, none that waits overtakes it. */
+static void share_rows(struct step *st)
+{
+    bool no_room = false;
+    qsort(st->fills, (size_t)st->n_fills, sizeof(*st->fills), by_tenant);
+    st->turns = tb_calloc((size_t)TB_MAX(st->n_fills, 1), sizeof(*st->turns));
+    for (int i = 0; i < st->n_fills; i++) {
+        struct turn *last = st->n_turns ? &st->turns[st->n_turns - 1] : NULL;
+        if (!last || tenant_of(last->next->q) != tenant_of(st->fills[i].q)) {
+            last = &st->turns[st->n_turns++];
+            last->next = &st->fills[i];
+        }
+        last->end = &st->fills[i + 1];
+    }
+    for_each_open(st, add_held);
+    qsort(st->turns, (size_t)st->n_turns, sizeof(*st->turns), by_held);
+    for (int left = st->budget, took = 1; left > 0 && took > 0;) {
+        int n_open = 0;
+        for (int i = 0; i < st->n_turns; i++)
+            n_open += st->turns[i].next < st->turns[i].end;
+        int part = n_open ? TB_MAX(left / n_open, 1) : 0;
+        took = 0;
+        for (int i = 0; i < st->n_turns && took < left; i++)
+            took += grant(st, &st->turns[i], TB_MIN(part, left - took), &no_room);
+        left -= took;
+    }
+}
+
+/* Those that decode advance in any case; what is left of the prompts gets the prefill rows. A
+ * prompt that runs has all its pages, so nothing after the decoding ones takes pages from anybody.
+ */
+static void choose(struct step *st)
+{
+    for_each_open(st, add_decode);
+    for_each_open(st, add_fill);
+    share_rows(st);
+    for (int i = 0; i < st->n_fills; i++)
+        if (st->fills[i].n) add_entry(st, st->fills[i].q, st->fills[i].n);
 }
 
 /* Entries of one version next to each other: fewer, longer LoRA runs. */
@@ -253,9 +380,9 @@ static int alloc_step(struct step *st)
 
 static void free_step(struct step *st)
 {
-    void *const all[] = {st->entries, st->tokens, st->pos,     st->seqs, st->lora, st->out_lora,
-                         st->out,     st->draws,  st->drawn,   st->lse,  st->lp,   st->k_ids,
-                         st->k_lps,   st->edits,  st->edit_at, st->allow};
+    void *const all[] = {st->entries, st->tokens, st->pos,   st->seqs,  st->lora,    st->out_lora,
+                         st->out,     st->draws,  st->drawn, st->lse,   st->lp,      st->k_ids,
+                         st->k_lps,   st->fills,  st->turns, st->edits, st->edit_at, st->allow};
     if (st->edit_row)
         st->m->be->ops->free(st->m->be, st->edit_row,
                              (size_t)st->m->cfg.vocab * sizeof(*st->edit_row));

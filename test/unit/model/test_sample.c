@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "model/sampling.h"
 #include "util/mem.h"
 
 static void same_sequences(const struct tb_op *x, const struct tb_op *y)
@@ -757,6 +758,124 @@ static void test_progress(void **state)
     tb_model_free(m);
 }
 
+/* A hundred prompts of one tenant and a short one of another that comes later. */
+static void test_fair_prefill(void **state)
+{
+    (void)state;
+    enum { N = 100, BUDGET = 20 };
+    struct tb_model *big = open_model(backend_f32(), &shapes[0], NULL);
+    size_t page = big->kv.bytes / (size_t)big->kv.n_pages;
+    for (int tight = 0; tight < 2; tight++) {
+        /* tight: the pages of two long prompts, so that most wait for pages, not for rows */
+        struct tb_model_options o = {.kv_bytes = 22 * page};
+        struct tb_model *m = tight ? open_model(backend_f32(), &shapes[0], &o) : big;
+        struct tb_op *ops[N + 2];
+        struct tb_sampling *s[N + 2];
+        struct tb_error err;
+        int rows, n = 0, steps = 0, first = -1, n_before = 0;
+        for (; n < N; n++) {
+            int32_t prompt[150];
+            random_tokens(prompt, 150, shapes[0].vocab, (uint64_t)n);
+            ops[n] = op_sample(prompt, 150, 10, 1);
+            ops[n]->tenant = 1;
+            assert_int_equal(tb_sampling_create(&s[n], m, NULL, ops[n]), 0);
+        }
+        for (; steps < 30; steps++)
+            assert_int_equal(tb_model_sample_step(m, s, n, BUDGET, &rows, &err), 0);
+        for (; n < N + 2; n++) {
+            int32_t prompt[9];
+            random_tokens(prompt, 9, shapes[0].vocab, (uint64_t)n);
+            ops[n] = op_sample(prompt, 9, 5, 1);
+            ops[n]->tenant =
+                1 + (uint64_t)(n - N); /* one more of the first tenant, one of another */
+            ops[n]->u.sample.stream = true;
+            assert_int_equal(tb_sampling_create(&s[n], m, NULL, ops[n]), 0);
+        }
+        for (int i = 0; i < N; i++)
+            n_before += tb_sampling_done(s[i]);
+        for (; first < 0; steps++) {
+            assert_int_equal(tb_model_sample_step(m, s, n, BUDGET, &rows, &err), 0);
+            struct tb_progress *p = tb_sampling_progress(s[N + 1]);
+            if (p) first = steps;
+            tb_free(p);
+            assert_null(tb_sampling_progress(s[N])); /* it waits for those of its own tenant */
+        }
+        if (tight) {
+            /* It had to wait for pages, but for no more than those that had them. */
+            for (int i = 0; i < N; i++)
+                n_before -= tb_sampling_done(s[i]);
+            assert_in_range(-n_before, 0, 2);
+        } else {
+            assert_int_equal(first, 30); /* in the very step */
+        }
+        for (int i = 0; i < n; i++) {
+            tb_sampling_destroy(s[i]);
+            tb_op_destroy(ops[i]);
+        }
+        assert_int_equal(tb_kv_room(&m->kv), m->kv.n_pages);
+        if (tight) tb_model_free(m);
+    }
+    tb_model_free(big);
+}
+
+/* A sample given up while it is prefilled, decodes, waits for pages or was sent away gives all its
+ * pages back, and the others go on to the same results. */
+static void test_give_up(void **state)
+{
+    (void)state;
+    enum { N = 5 };
+    struct tb_model *big = open_model(backend_f32(), &shapes[0], NULL);
+    struct tb_model_options o = {.kv_bytes = 13 * (big->kv.bytes / (size_t)big->kv.n_pages)};
+    struct tb_model *m = open_model(backend_f32(), &shapes[0], &o);
+    m->kv.no_reuse = true; /* so that the free pages alone are counted */
+    int seen[4] = {0};
+    for (int round = 0; round < N * 24; round++) {
+        struct tb_op *ops[N], *alone[N];
+        struct tb_sampling *s[N];
+        struct tb_error err;
+        int rows, n = N, victim = round % N;
+        for (int i = 0; i < N; i++) {
+            int32_t prompt[80];
+            random_tokens(prompt, 20 + 13 * i, shapes[0].vocab, (uint64_t)i);
+            for (int k = 0; k < 2; k++) {
+                struct tb_op *op = op_sample(prompt, 20 + 13 * i, 60, 3);
+                op->u.sample.n_samples = 1 + i % 3;
+                *(k ? &ops[i] : &alone[i]) = op;
+            }
+            run_samples(big, NULL, &alone[i], 1, 1000);
+            assert_int_equal(tb_sampling_create(&s[i], m, NULL, ops[i]), 0);
+        }
+        for (int step = 0; step < round / N; step++)
+            assert_int_equal(tb_model_sample_step(m, s, N, 16, &rows, &err), 0);
+        const struct tb_sampling *v = s[victim];
+        bool waits = !v->forked && v->root.state == TB_SEQ_WAITING, away = false;
+        for (int i = 0; v->forked && i < v->req->n_samples; i++)
+            away |= v->seqs[i].state == TB_SEQ_WAITING;
+        seen[waits ? 0 : away ? 1 : v->forked ? 2 : 3]++;
+        tb_sampling_destroy(s[victim]);
+        s[victim] = s[--n];
+        for (int step = 0, open = 1; open; step++) {
+            assert_true(step < 10000);
+            assert_int_equal(tb_model_sample_step(m, s, n, 16, &rows, &err), 0);
+            open = 0;
+            for (int i = 0; i < n; i++)
+                open += !tb_sampling_done(s[i]);
+        }
+        assert_int_equal(m->kv.n_free, m->kv.n_pages);
+        for (int i = 0; i < N; i++) {
+            if (i != victim) same_sequences(ops[i], alone[i]);
+            tb_op_destroy(ops[i]);
+            tb_op_destroy(alone[i]);
+        }
+        for (int i = 0; i < n; i++)
+            tb_sampling_destroy(s[i]);
+    }
+    for (int i = 0; i < 4; i++)
+        if (!seen[i]) fail_msg("no sample was given up in state %d", i);
+    tb_model_free(m);
+    tb_model_free(big);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -772,6 +891,8 @@ int main(void)
         cmocka_unit_test(test_penalties),
         cmocka_unit_test(test_edits_in_company),
         cmocka_unit_test(test_progress),
+        cmocka_unit_test(test_fair_prefill),
+        cmocka_unit_test(test_give_up),
     };
     return cmocka_run_group_tests_name("model sampling", tests, NULL, teardown);
 }
