@@ -106,6 +106,10 @@ struct tb_waiter {
 void tb_core_wait(struct tb_core *c, const char *request_id, size_t id_len, struct tb_waiter *w);
 void tb_core_unwait(struct tb_core *c,
                     struct tb_waiter *w); /* the client went away; cb is not called */
+/* Keeps the op that a callback was given beyond the call, until the release: it may be read from
+ * any thread then, since nobody changes an op that is over. */
+void tb_core_hold(const struct tb_op *op);
+void tb_core_release(const struct tb_op *op);
 /* The face delivered the payload whole: starts the result's ttl. */
 void tb_core_delivered(struct tb_core *c, const char *request_id, size_t id_len);
 

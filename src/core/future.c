@@ -89,6 +89,27 @@ void tb_future_drop(struct tb_future *f)
         tb_future_destroy(f);
 }
 
+/* Between the two f stays, and so does its op. */
+static void hold(struct tb_future *f)
+{
+    f->busy++;
+}
+
+static void release(struct tb_future *f)
+{
+    if (--f->busy == 0 && f->drop && tb_list_empty(&f->in_resolved)) tb_future_destroy(f);
+}
+
+void tb_core_hold(const struct tb_op *op)
+{
+    hold(op->owner);
+}
+
+void tb_core_release(const struct tb_op *op)
+{
+    release(op->owner);
+}
+
 /* ---- the end of an op */
 
 static const char *dup_text(struct tb_arena *a, const char *s)
@@ -259,14 +280,14 @@ void tb_futures_resolve(struct tb_core *c)
 {
     for (struct tb_list *n; (n = tb_list_pop(&c->resolved));) {
         struct tb_future *f = TB_LIST_ENTRY(n, struct tb_future, in_resolved);
-        f->busy++;
+        hold(f);
         while (!tb_list_empty(&f->waiters)) {
             struct tb_waiter *w = TB_LIST_ENTRY(f->waiters.next, struct tb_waiter, node);
             unlink_waiter(c, w);
             w->cb(w, f->state, f->op, NULL, NULL);
         }
         end_stream(f);
-        if (--f->busy == 0 && f->drop) tb_future_destroy(f);
+        release(f);
     }
 }
 
@@ -370,9 +391,9 @@ void tb_core_wait(struct tb_core *c, const char *request_id, size_t id_len, stru
     }
     tb_session_seen(f->session);
     if (f->phase == TB_PHASE_OVER) {
-        f->busy++;
+        hold(f);
         w->cb(w, f->state, f->op, NULL, NULL);
-        if (--f->busy == 0 && f->drop && tb_list_empty(&f->in_resolved)) tb_future_destroy(f);
+        release(f);
         return;
     }
     if (c->draining) {
@@ -420,9 +441,9 @@ void tb_core_stream(struct tb_core *c, const char *request_id, size_t id_len,
     f->stream = s;
     s->future = f;
     if (f->phase != TB_PHASE_OVER) return;
-    f->busy++;
+    hold(f);
     end_stream(f);
-    if (--f->busy == 0 && f->drop && tb_list_empty(&f->in_resolved)) tb_future_destroy(f);
+    release(f);
 }
 
 void tb_core_unstream(struct tb_core *c, struct tb_core_stream *s)

@@ -22,25 +22,6 @@ static void forget(struct tb_http_request *req)
     tb_free(p);
 }
 
-/* What the payload's arrays take, for the client's bound on parallel downloads. */
-static uint64_t payload_size(const struct tb_op *op)
-{
-    const struct tb_sample *q = &op->u.sample;
-    const struct tb_result *r = &op->result;
-    uint64_t n = 16, prompt = (uint64_t)q->n_prompt, cell = sizeof(int32_t) + sizeof(float);
-    for (int32_t i = 0; i < r->n_sequences; i++) {
-        uint64_t len = (uint64_t)r->sequences[i].n;
-        n += 16 + len * cell;
-        if (r->sequences[i].topk_ids) n += len * (uint64_t)q->topk_sample_logprobs * cell;
-    }
-    if (r->prompt_logprobs) n += prompt * sizeof(float);
-    if (r->topk_prompt_ids) n += prompt * (uint64_t)q->topk_prompt_logprobs * cell;
-    if (r->alt_tokens) n += prompt * (uint64_t)q->prompt_alt_tokens_k * cell;
-    if (r->target_prompt_logprobs && q->target_prompt_logprobs.n_dims == 2)
-        n += prompt * (uint64_t)q->target_prompt_logprobs.shape[1] * sizeof(float);
-    return n;
-}
-
 static void on_feed(struct tb_feed_waiter *w, const struct tb_error *err,
                     const struct tb_feed_event *events, size_t n, uint64_t cursor)
 {
@@ -64,7 +45,7 @@ static void on_feed(struct tb_feed_waiter *w, const struct tb_error *err,
         tb_jout_str(&j, "request_id", events[i].request_id);
         if (!failed)
             tb_jout_int(&j, "response_payload_uncompressed_size",
-                        (int64_t)payload_size(events[i].op));
+                        (int64_t)tb_encode_size(events[i].op));
         tb_jout_object_end(&j);
     }
     tb_jout_array_end(&j);

@@ -239,3 +239,25 @@ done:
     tb_arena_fini(&a);
     return rc;
 }
+
+uint64_t tb_encode_size(const struct tb_op *op)
+{
+    const struct tb_result *r = &op->result;
+    uint64_t n = 16, cell = sizeof(int32_t) + sizeof(float);
+    for (int32_t i = 0; i < r->n_outputs; i++)
+        n += (uint64_t)r->outputs[i].n * (uint64_t)TB_MAX(r->outputs[i].k, 1) * sizeof(float);
+    if (op->type != TB_OP_SAMPLE) return n;
+    const struct tb_sample *q = &op->u.sample;
+    uint64_t prompt = (uint64_t)q->n_prompt;
+    for (int32_t i = 0; i < r->n_sequences; i++) {
+        uint64_t len = (uint64_t)r->sequences[i].n;
+        n += 16 + len * cell;
+        if (r->sequences[i].topk_ids) n += len * (uint64_t)q->topk_sample_logprobs * cell;
+    }
+    if (r->prompt_logprobs) n += prompt * sizeof(float);
+    if (r->topk_prompt_ids) n += prompt * (uint64_t)q->topk_prompt_logprobs * cell;
+    if (r->alt_tokens) n += prompt * (uint64_t)q->prompt_alt_tokens_k * cell;
+    if (r->target_prompt_logprobs && q->target_prompt_logprobs.n_dims == 2)
+        n += prompt * (uint64_t)q->target_prompt_logprobs.shape[1] * sizeof(float);
+    return n;
+}

@@ -1,7 +1,8 @@
 /*
  * retrieve_future: a long poll that is answered when core has the result, or with try_again at the
  * deadline. The waiter is ours from tb_core_wait until its callback or tb_core_unwait; a client
- * that goes away takes it back through on_abort.
+ * that goes away takes it back through on_abort. Large results are encoded in the uv pool, while
+ * core holds the op for us.
  */
 #include <string.h>
 
@@ -9,9 +10,12 @@
 #include "util/clock.h"
 #include "util/mem.h"
 
-/* From this size on a client that can is told the size first and fetches the payload when it has
- * room. */
-enum { METADATA_FROM = 1 << 20 };
+enum {
+    ENCODE_INLINE = 64 * 1024, /* bytes of numbers */
+    /* From this size on a client that can is told the size first and fetches the payload when it
+     * has room. */
+    METADATA_FROM = 1 << 20,
+};
 
 struct poll {
     struct tb_waiter w;
@@ -76,43 +80,86 @@ static void answer_size(struct poll *p, size_t n)
     tb_api_answer(p->req, 200, &b);
 }
 
+/* A result on its way into bytes. */
+struct encoding {
+    uv_work_t work;
+    struct poll *p;
+    const struct tb_op *op;
+    bool proto;
+    void *payload;
+    size_t n;
+    int rc;
+    struct tb_error err;
+};
+
+static void encode(struct encoding *s)
+{
+    if (s->proto) {
+        s->rc = s->op->type == TB_OP_SAMPLE
+                    ? tb_encode_sample_proto(s->op, &s->payload, &s->n, &s->err)
+                    : tb_encode_output_proto(s->op, &s->payload, &s->n, &s->err);
+        return;
+    }
+    struct tb_buf b;
+    struct tb_json_out j;
+    tb_buf_init(&b, TB_API_MAX_ANSWER);
+    tb_jout_init(&j, &b);
+    tb_encode_result_json(s->op, s->p->tinkex, &j);
+    if (b.failed)
+        s->rc = tb_error_set(&s->err, TB_ENOMEM, "the result does not fit into memory as JSON");
+    s->payload = tb_buf_steal(&b, &s->n);
+}
+
+static void deliver(struct encoding *s)
+{
+    struct poll *p = s->p;
+    if (s->rc) {
+        tb_api_error(p->req, &s->err);
+    } else if (p->metadata_only && s->n >= METADATA_FROM) {
+        tb_free(s->payload);
+        answer_size(p, s->n);
+    } else {
+        tb_core_delivered(tb_api_core(p->a), p->id, strlen(p->id));
+        tb_http_respond_owned(p->req, 200, s->proto ? "application/x-protobuf" : "application/json",
+                              s->payload, s->n, tb_free, s->payload, NULL, 0);
+    }
+    tb_free(p);
+}
+
+static void on_work(uv_work_t *w)
+{
+    encode(TB_CONTAINER_OF(w, struct encoding, work));
+}
+
+static void on_encoded(uv_work_t *w, int status)
+{
+    struct encoding *s = TB_CONTAINER_OF(w, struct encoding, work);
+    struct tb_api *a = s->p->a;
+    if (status) s->rc = tb_error_set(&s->err, TB_ECANCELED, "encoding was canceled");
+    tb_core_release(s->op);
+    deliver(s);
+    tb_free(s);
+    tb_api_work_end(a);
+}
+
+/* Frees p, now or when the pool is done. */
 static void answer_done(struct poll *p, const struct tb_op *op)
 {
-    struct tb_error e = {0};
-    void *payload = NULL;
-    size_t n = 0;
-    int rc = 0;
     bool has_proto =
         op->type == TB_OP_FORWARD || op->type == TB_OP_FORWARD_BACKWARD || op->type == TB_OP_SAMPLE;
-    bool proto = has_proto && p->proto;
-    if (proto) {
-        rc = op->type == TB_OP_SAMPLE ? tb_encode_sample_proto(op, &payload, &n, &e)
-                                      : tb_encode_output_proto(op, &payload, &n, &e);
-    } else {
-        struct tb_buf b;
-        struct tb_json_out j;
-        tb_buf_init(&b, TB_API_MAX_ANSWER);
-        tb_jout_init(&j, &b);
-        tb_encode_result_json(op, p->tinkex, &j);
-        if (b.failed) {
-            tb_buf_fini(&b);
-            rc = tb_error_set(&e, TB_ENOMEM, "the result does not fit into memory as JSON");
-        } else {
-            payload = tb_buf_steal(&b, &n);
+    struct encoding s = {.p = p, .op = op, .proto = has_proto && p->proto};
+    if (tb_encode_size(op) > ENCODE_INLINE) {
+        struct encoding *big = tb_malloc(sizeof(*big));
+        *big = s;
+        if (uv_queue_work(tb_api_loop(p->a), &big->work, on_work, on_encoded) == 0) {
+            tb_api_work_begin(p->a);
+            tb_core_hold(op);
+            return;
         }
+        tb_free(big);
     }
-    if (rc) {
-        tb_api_error(p->req, &e);
-        return;
-    }
-    if (p->metadata_only && n >= METADATA_FROM) {
-        tb_free(payload);
-        answer_size(p, n);
-        return;
-    }
-    tb_core_delivered(tb_api_core(p->a), p->id, strlen(p->id));
-    tb_http_respond_owned(p->req, 200, proto ? "application/x-protobuf" : "application/json",
-                          payload, n, tb_free, payload, NULL, 0);
+    encode(&s);
+    deliver(&s);
 }
 
 static void on_future(struct tb_waiter *w, enum tb_future_state state, const struct tb_op *op,
@@ -123,7 +170,7 @@ static void on_future(struct tb_waiter *w, enum tb_future_state state, const str
     p->req->on_abort = NULL;
     p->req->user = NULL;
     switch (state) {
-    case TB_FUTURE_DONE: answer_done(p, op); break;
+    case TB_FUTURE_DONE: answer_done(p, op); return;
     case TB_FUTURE_FAILED: answer_failed(p, &op->error); break;
     case TB_FUTURE_PENDING: answer_pending(p, queue_state, reason); break;
     case TB_FUTURE_GONE:

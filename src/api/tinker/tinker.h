@@ -91,6 +91,8 @@ int tb_json_forward_backward(const struct tb_body *b, bool forward_only, struct 
 /* ---- encoding: a result into bytes of the caller's (tb_free) */
 int tb_encode_output_proto(const struct tb_op *op, void **out, size_t *n, struct tb_error *err);
 int tb_encode_sample_proto(const struct tb_op *op, void **out, size_t *n, struct tb_error *err);
+/* What the result's arrays of numbers take as protobuf, nearly. */
+uint64_t tb_encode_size(const struct tb_op *op);
 /* Any op's result as a JSON object, with what tinkex needs and others refuse when the client is
  * tinkex. */
 void tb_encode_result_json(const struct tb_op *op, bool tinkex, struct tb_json_out *j);

@@ -450,6 +450,7 @@ static void test_future_forms(void **state)
     assert_int_equal(last.status, 200);
     assert_string_equal(last.type, "application/x-protobuf");
     assert_int_equal(last.n, 13);
+    assert_int_equal(fake.n_held + fake.n_released, 0); /* small ones are encoded at once */
     poll_with(BEAM, ask);
     expect_part(200, "\"loss_fn_output_type\":\"ArrayRecord\"");
     fake.state = TB_FUTURE_FAILED;
@@ -518,6 +519,8 @@ static void test_future_metadata(void **state)
     assert_int_equal(last.status, 200);
     assert_int_equal(last.n, size); /* what was announced */
     assert_int_equal(fake.n_delivered, 1);
+    assert_int_equal(fake.n_held, 0);
+    assert_int_equal(fake.n_released, 2); /* both were encoded in the pool */
     tb_free(o.logprobs);
 }
 

@@ -107,6 +107,35 @@ static void test_cursor(void **state)
     assert_int_equal(result(e, r[2]).state, TB_FUTURE_DONE);
 }
 
+static const struct tb_op *held;
+
+static void hold_it(struct tb_waiter *w, enum tb_future_state state, const struct tb_op *op,
+                    const char *queue_state, const char *reason)
+{
+    on_wait(w, state, op, queue_state, reason);
+    tb_core_hold(op);
+    held = op;
+}
+
+/* What is held stays whole until its release, though its client gave it up. */
+static void test_held(void **state)
+{
+    struct env *e = *state;
+    char id[100], r[400];
+    copy_text(id, sizeof(id), open_sampler(e, e->session, 0, "m0", NULL).id);
+    must_submit(e, op_sample(id, 1), r);
+    assert_int_equal(result(e, r).state, TB_FUTURE_DONE);
+    struct waited a = {.w = {.cb = hold_it, .arg = &a}};
+    tb_core_wait(e->core, r, strlen(r), &a.w);
+    assert_int_equal(a.calls, 1);
+    tb_core_retrieved(e->core, r, strlen(r));
+    assert_int_equal(stats(e).futures_done, 1);
+    assert_int_equal(held->seq_id, 1);
+    tb_core_release(held);
+    assert_int_equal(stats(e).futures_done, 0);
+    assert_int_equal(result(e, r).state, TB_FUTURE_GONE);
+}
+
 static void test_many(void **state)
 {
     struct env *e = *state;
@@ -248,7 +277,7 @@ static void test_ends(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        T(test_cursor), T(test_many),           T(test_clones),
+        T(test_cursor), T(test_held),           T(test_many), T(test_clones),
         T(test_cancel), T(test_cancel_waiting), T(test_ends),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
