@@ -13,7 +13,6 @@
 #    include <cpuid.h>
 #endif
 
-#include "backend/cpu/dnnl.h"
 #include "backend/cpu/team.h"
 
 float tb_f16_to_f32(uint16_t h)
@@ -162,7 +161,6 @@ static void cpu_destroy(struct tb_backend *be)
     struct tb_cpu *c = tb_cpu(be);
     if (!c) return;
     tb_team_destroy(c->team);
-    tb_dnnl_destroy(c->dnnl);
     for (size_t i = 0; i < sizeof(c->shared) / sizeof(c->shared[0]); i++)
         tb_cpu_free(c->shared[i].p);
     for (int i = 0; c->own && i < c->be.n_threads; i++)
@@ -242,8 +240,6 @@ int tb_backend_cpu_create(struct tb_backend **out, const struct tb_backend_optio
         return tb_error_set(err, TB_ENOMEM, "cannot start %d threads for the CPU backend",
                             options ? options->n_threads : 0);
     }
-    if (isa == TB_ISA_AVX512 || isa == TB_ISA_AVX512_BF16)
-        c->dnnl = tb_dnnl_create(act, c->be.n_threads);
     fill_ops(c);
     *out = &c->be;
     return 0;

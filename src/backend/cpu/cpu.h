@@ -13,7 +13,6 @@
 #include "backend/backend.h"
 
 struct tb_team;
-struct tb_dnnl;
 
 enum tb_isa { TB_ISA_PLAIN, TB_ISA_AVX2, TB_ISA_AVX512, TB_ISA_AVX512_BF16 };
 
@@ -23,13 +22,6 @@ struct tb_scratch {
     size_t bytes;
 };
 
-#define TB_MAX_AGREED                                                                              \
-    64 /* inner sizes that were compared with oneDNN; more than that run on ours */
-struct tb_agreed {
-    int k;
-    bool ok;
-};
-
 struct tb_cpu {
     struct tb_backend be; /* first: the table's functions cast */
     struct tb_backend_ops ops;
@@ -37,9 +29,6 @@ struct tb_cpu {
     struct tb_team *team;
     struct tb_scratch shared[4]; /* a call's; the caller sizes it before the team runs */
     struct tb_scratch *own;      /* one a thread */
-    struct tb_dnnl *dnnl;        /* NULL: our own kernels for all products */
-    struct tb_agreed agreed[TB_MAX_AGREED];
-    int n_agreed;
 };
 
 /* A frozen matrix. fwd: row-major act (plain) or panels of words over n_in (fast); bwd: panels of

@@ -35,21 +35,18 @@ struct mk {
     float *c;
     size_t ldc;
     enum mk_init init;
-    const void *ahead; /* what mk_rows_ahead fetches */
     const float *bias; /* NV * VW, for MK_BIAS */
     float scale;       /* of the product, before C is added */
+    /* A weight's panel of kw rows that is multiplied after this one, or NULL: it and C are far
+     * away, and are fetched while this panel's rows are computed. */
+    const void *ahead;
 };
 
 /* Runs all rows against nv vectors of columns, nv <= NVMAX, of at most 16 pages; b's pages hold at
  * least nv * VW columns. The caller's C has room for nv * VW columns. */
 void K(mk_rows)(const struct mk *m, int rows, int nv);
-/* The same for a whole panel, nv = NVMAX. */
+/* The same for a whole panel, nv = NVMAX; ahead is used here only. */
 void K(mk_rows_wide)(const struct mk *m, int rows);
-/* As mk_rows_wide for few rows of a weight that comes from memory: two or three groups share out
- * the fetching of the panel behind this one (ahead, or NULL), so that it arrives while this one is
- * computed with. One group alone is as fast as memory anyway; with more the products are what takes
- * the time. */
-void K(mk_rows_ahead)(const struct mk *m, int rows, const void *ahead);
 #if NVMAX == 4
 /* C = A B where each of the four vectors of a row of B comes from a page of its own, b[0..3]. init,
  * bias and scale are not used. */

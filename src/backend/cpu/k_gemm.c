@@ -5,17 +5,31 @@
  */
 #include "backend/cpu/gemm.h"
 
-/* prefetch: fetch two cache lines of m->ahead with each step. */
-INLINE void mk_tile(const int R, const int NV, const bool prefetch, const struct mk *m,
-                    const int row)
+/* Steps between two looks at what to fetch. */
+#define FETCH_STEPS 8
+
+/* What a tile fetches of the panel behind its own: lines every FETCH_STEPS steps, from at. */
+struct fetch {
+    const char *at;
+    int lines;
+};
+
+INLINE void mk_tile(const int R, const int NV, const struct mk *m, const int row, struct fetch *f)
 {
-    const char *ahead = (const char *)m->ahead;
     vf acc[12][4];
     const size_t lda = m->lda, ldb = m->ldb;
     const act_t *a = m->a + (size_t)row * lda;
+    float *c = m->c + (size_t)row * m->ldc;
     UNROLL for (int r = 0; r < R; r++)
     {
         UNROLL for (int j = 0; j < NV; j++) acc[r][j] = vf_zero();
+    }
+    if (f) {
+        UNROLL for (int r = 0; r < R; r++)
+        {
+            UNROLL for (int j = 0; j < NV * VW; j += 64 / 4)
+                __builtin_prefetch(c + (size_t)r * m->ldc + j, 1);
+        }
     }
     for (int k0 = 0, page = 0; k0 < m->kw; k0 += m->kw_page, page++) {
         const uint32_t *b = m->b[page];
@@ -26,10 +40,9 @@ INLINE void mk_tile(const int R, const int NV, const bool prefetch, const struct
             {
                 w[j] = vw_load(b + j * VW);
             }
-            if (prefetch) {
-                _mm_prefetch(ahead, _MM_HINT_T1);
-                _mm_prefetch(ahead + 64, _MM_HINT_T1);
-                ahead += NV * VW * 4;
+            if (f && k % FETCH_STEPS == 0) {
+                for (int i = 0; i < f->lines; i++, f->at += 64)
+                    _mm_prefetch(f->at, _MM_HINT_T1);
             }
             UNROLL for (int r = 0; r < R; r++)
             {
@@ -38,7 +51,6 @@ INLINE void mk_tile(const int R, const int NV, const bool prefetch, const struct
             }
         }
     }
-    float *c = m->c + (size_t)row * m->ldc;
     vf s = vf_set1(m->scale);
     UNROLL for (int r = 0; r < R; r++)
     {
@@ -102,75 +114,61 @@ void K(mk_rows_pages)(const struct mk *m, int rows)
 }
 #endif
 
-#define MK_CASE(R, NV, PF)                                                                         \
-    case R: mk_tile(R, NV, PF, m, row); break;
+#define MK_CASE(R, NV, F)                                                                          \
+    case R: mk_tile(R, NV, m, row, F); break;
 
 static void mk_wide(const struct mk *m, int row, int R)
 {
     switch (R) {
-        MK_CASE(1, NVMAX, false)
-        MK_CASE(2, NVMAX, false)
-        MK_CASE(3, NVMAX, false)
-        MK_CASE(4, NVMAX, false)
-        MK_CASE(5, NVMAX, false)
-        MK_CASE(6, NVMAX, false)
+        MK_CASE(1, NVMAX, NULL)
+        MK_CASE(2, NVMAX, NULL)
+        MK_CASE(3, NVMAX, NULL)
+        MK_CASE(4, NVMAX, NULL)
+        MK_CASE(5, NVMAX, NULL)
+        MK_CASE(6, NVMAX, NULL)
     }
 }
 
-/* Runs all rows against one panel of NVMAX vectors, in groups as even as can be. */
+static void mk_ahead(const struct mk *m, int row, int R, struct fetch *f)
+{
+    switch (R) {
+        MK_CASE(1, NVMAX, f)
+        MK_CASE(2, NVMAX, f)
+        MK_CASE(3, NVMAX, f)
+        MK_CASE(4, NVMAX, f)
+        MK_CASE(5, NVMAX, f)
+        MK_CASE(6, NVMAX, f)
+    }
+}
+
+/* Runs all rows against one panel of NVMAX vectors, in groups as even as can be. They share out the
+ * fetching; one group alone is as fast as memory anyway. */
 void K(mk_rows_wide)(const struct mk *m, int rows)
 {
     int groups = (rows + RMAX_WIDE - 1) / RMAX_WIDE;
+    struct fetch f = {m->ahead, (FETCH_STEPS * NW * 4 / 64 + groups - 1) / groups};
+    bool ahead = m->ahead && groups > 1;
+    const char *end = ahead ? f.at + (size_t)m->kw * NW * 4 : NULL;
     for (int row = 0; groups > 0; groups--) {
         int R = (rows - row + groups - 1) / groups;
-        mk_wide(m, row, R);
+        if (ahead)
+            mk_ahead(m, row, R, &f);
+        else
+            mk_wide(m, row, R);
+        if (f.at >= end) f.lines = 0;
         row += R;
     }
-}
-
-#if NVMAX == 4
-static void mk_ahead(const struct mk *m, int row, int R)
-{
-    switch (R) {
-        MK_CASE(4, NVMAX, true)
-        MK_CASE(5, NVMAX, true)
-        MK_CASE(6, NVMAX, true)
-    default: mk_wide(m, row, R);
-    }
-}
-#endif
-
-void K(mk_rows_ahead)(const struct mk *m, int rows, const void *ahead)
-{
-#if NVMAX == 4
-    int groups = (rows + RMAX_WIDE - 1) / RMAX_WIDE;
-    if ((groups == 2 || groups == 3) && ahead) {
-        struct mk part = *m;
-        for (int row = 0, g = 0; g < groups; g++) {
-            int R = (rows - row + groups - g - 1) / (groups - g);
-            int lines = g < 2 ? 2 : 0; /* a step's panel row has four */
-            part.ahead = (const char *)ahead + g * lines * 64;
-            if (lines)
-                mk_ahead(&part, row, R);
-            else
-                mk_wide(m, row, R);
-            row += R;
-        }
-        return;
-    }
-#endif
-    K(mk_rows_wide)(m, rows);
 }
 
 #if NVMAX == 4
 static void mk_half(const struct mk *m, int row, int R)
 {
     switch (R) {
-        MK_CASE(1, 2, false)
-        MK_CASE(2, 2, false)
-        MK_CASE(4, 2, false)
-        MK_CASE(8, 2, false)
-        MK_CASE(12, 2, false)
+        MK_CASE(1, 2, NULL)
+        MK_CASE(2, 2, NULL)
+        MK_CASE(4, 2, NULL)
+        MK_CASE(8, 2, NULL)
+        MK_CASE(12, 2, NULL)
     }
 }
 #endif
@@ -178,12 +176,12 @@ static void mk_half(const struct mk *m, int row, int R)
 static void mk_one(const struct mk *m, int row, int R)
 {
     switch (R) {
-        MK_CASE(1, 1, false)
-        MK_CASE(2, 1, false)
-        MK_CASE(4, 1, false)
-        MK_CASE(8, 1, false)
+        MK_CASE(1, 1, NULL)
+        MK_CASE(2, 1, NULL)
+        MK_CASE(4, 1, NULL)
+        MK_CASE(8, 1, NULL)
 #if NVMAX == 4
-        MK_CASE(12, 1, false)
+        MK_CASE(12, 1, NULL)
 #endif
     }
 }

@@ -3,29 +3,20 @@
  * the forward product, and the same with the roles of n_in and n_out exchanged for the backward
  * product.
  *
- * A sum over K runs in blocks (k_block), each from zero, and the block sums are added in order to
+ * A sum over K runs in blocks (K_BLOCK), each from zero, and the block sums are added in order to
  * what y starts from. Nothing in it depends on the number of rows, so a row's bits do not either.
- * oneDNN sums in the same order and reads the same panels: whole tiles of many rows are its work,
- * the rest is ours, with the same bits (dnnl.h).
  *
  * Owner: the weight owns its two packings. Thread: see backend.h; packing and products use the
  * team.
  */
 #include <stdlib.h>
 
-#include "backend/cpu/dnnl.h"
 #include "backend/cpu/gemm.h"
 #include "backend/cpu/pack.h"
 
-#define LIB_PANELS 4  /* panels of a tile of the library: 256 outputs */
-#define FEW_ROWS   32 /* up to here a weight from memory is what takes the time */
-
-/* Activations of one block of a sum: 128 KiB of a bf16 panel stay in the second-level cache. The
- * case in the middle is oneDNN's. */
-static int k_block(int n_k)
-{
-    return n_k > 512 && n_k <= 1024 ? 512 : 1024;
-}
+#define FEW_ROWS 32 /* up to here a weight from memory is what takes the time */
+/* Activations of one block of a sum: 128 KiB of a bf16 panel stay in the second-level cache. */
+#define K_BLOCK 1024
 
 /* ---- packing */
 
@@ -170,7 +161,6 @@ struct product {
     bool accumulate;
     const struct tb_lora_term *terms;
     int n_terms;
-    bool lib; /* whole tiles by oneDNN */
     struct tb_cpu *cpu;
 };
 
@@ -273,17 +263,15 @@ static void product_panel(const struct product *p, int row, int n, int panel, in
             for (int j = 0; j < NW; j++)
                 m.c[(size_t)r * m.ldc + (size_t)j] += bias[j];
     }
-    int block = k_block(p->n_k) / KP;
+    const int block = K_BLOCK / KP;
     for (int k = 0; k < kw; k += block) {
         const uint32_t *b = p->panels + ((size_t)panel * (size_t)kw + (size_t)k) * NW;
         m.b = &b;
         m.kw = m.kw_page = imin(block, kw - k);
         m.a = p->x + (size_t)row * p->ldx + (size_t)k * KP;
         bool behind = panel + 1 < p->n_panels || k + m.kw < kw;
-        if (few)
-            K(mk_rows_ahead)(&m, n, behind ? b + (size_t)m.kw * NW : NULL);
-        else
-            K(mk_rows_wide)(&m, n);
+        m.ahead = behind ? b + (size_t)m.kw * NW : NULL;
+        K(mk_rows_wide)(&m, n);
         m.init = MK_ADD;
     }
     for (int r = 0; partial && r < n; r++)
@@ -291,67 +279,13 @@ static void product_panel(const struct product *p, int row, int n, int panel, in
     add_terms(p, row, n, panel, thread);
 }
 
-/* The panels [first, end) of a whole tile of rows by the library; returns the first that is left.
- */
-static int product_lib(const struct product *p, int row, int first, int end, int thread)
-{
-    int whole = imin(end, p->n_out / NW), kw = words(p->n_k);
-    if (first >= whole) return first;
-    if (!tb_dnnl_tile(p->cpu->dnnl, thread, p->panels + (size_t)first * (size_t)kw * NW, p->n_k,
-                      (whole - first) * NW, p->x + (size_t)row * p->ldx, p->ldx,
-                      p->y + (size_t)row * p->ldy + (size_t)first * NW, p->ldy))
-        return first;
-    for (int panel = first; panel < whole; panel++)
-        add_terms(p, row, TB_DNNL_ROWS, panel, thread);
-    return whole;
-}
-
 static void product_task(void *arg, int task, int thread)
 {
     const struct product *p = arg;
     int row = task / p->panel_tasks * p->rows, first = task % p->panel_tasks * p->panels_each;
     int n = imin(p->rows, p->T - row), end = imin(first + p->panels_each, p->n_panels);
-    if (p->lib && n == TB_DNNL_ROWS) first = product_lib(p, row, first, end, thread);
     for (int panel = first; panel < end; panel++)
         product_panel(p, row, n, panel, thread);
-}
-
-/* Whether oneDNN gives the bits of our own kernels for sums over n_k: tried once on this weight's
- * first panel and random rows, and remembered. */
-static bool lib_agrees(struct tb_cpu *c, const uint32_t *panels, int n_k, int n_out)
-{
-    if (!c->dnnl || NW != 64 || n_out < NW) return false;
-    for (int i = 0; i < c->n_agreed; i++)
-        if (c->agreed[i].k == n_k) return c->agreed[i].ok;
-    size_t n = (size_t)TB_DNNL_ROWS * NW, n_x = (size_t)TB_DNNL_ROWS * (size_t)n_k;
-    act_t *x = malloc(n_x * sizeof(*x));
-    float *y = calloc(2 * n, sizeof(*y));
-    bool ok = false;
-    if (x && y) {
-        uint32_t r = 1;
-        for (size_t i = 0; i < n_x; i++) {
-            r = r * 1664525u + 1013904223u;
-            tb_store(ACT, x, i, (float)(r >> 8) * 0x1p-23f - 1.0f);
-        }
-        struct product p = {.panels = panels,
-                            .x = x,
-                            .ldx = (size_t)n_k,
-                            .T = TB_DNNL_ROWS,
-                            .n_k = n_k,
-                            .n_out = NW,
-                            .n_panels = 1,
-                            .y = y,
-                            .ldy = NW,
-                            .cpu = c};
-        product_panel(&p, 0, TB_DNNL_ROWS, 0, 0);
-        ok = tb_dnnl_tile(c->dnnl, 0, panels, n_k, NW, x, (size_t)n_k, y + n, NW) &&
-             memcmp(y, y + n, n * sizeof(*y)) == 0;
-    }
-    free(x);
-    free(y);
-    if (c->n_agreed < TB_MAX_AGREED)
-        c->agreed[c->n_agreed++] = (struct tb_agreed){.k = n_k, .ok = ok};
-    return ok;
 }
 
 /* Rows whose length is no whole number of words, copied with zeros behind. */
@@ -375,16 +309,11 @@ static void product(struct tb_backend *be, struct product *p)
     p->cpu = c;
     p->x = even_rows(c, p->x, p->T, p->n_k, &p->ldx);
     p->n_panels = (p->n_out + NW - 1) / NW;
-    p->lib = p->T >= TB_DNNL_ROWS && !p->bias && !p->accumulate && p->n_k % KP == 0 &&
-             lib_agrees(c, p->panels, p->n_k, p->n_out);
     int chunks = (p->T + ROWS_CHUNK - 1) / ROWS_CHUNK;
     p->rows = ((p->T + chunks - 1) / chunks + RMAX_WIDE - 1) / RMAX_WIDE * RMAX_WIDE;
-    if (p->lib) p->rows = TB_DNNL_ROWS;
     chunks = (p->T + p->rows - 1) / p->rows;
-    /* Few rows: neighbouring panels to one thread, as long as there are enough tasks to share out
-     * evenly. */
-    p->panels_each = p->T <= FEW_ROWS ? imax(1, imin(4, p->n_panels / (8 * be->n_threads))) : 1;
-    if (p->lib) p->panels_each = LIB_PANELS;
+    /* Neighbouring panels to one thread, as long as there are enough tasks to share out evenly. */
+    p->panels_each = imax(1, imin(4, p->n_panels * chunks / (8 * be->n_threads)));
     p->panel_tasks = (p->n_panels + p->panels_each - 1) / p->panels_each;
     tb_team_run(c->team, product_task, p, chunks * p->panel_tasks);
 }
