@@ -124,6 +124,14 @@ void tb_http_call_done(struct tb_http_exchange *x)
     call_finish(k);
 }
 
+void tb_http_call_cut(struct tb_http_exchange *x)
+{
+    call_fail(x->call, 500,
+              "{\"detail\": \"the answer broke off\", \"message\": \"the answer broke off\", "
+              "\"category\": \"server\"}");
+    tb_http_call_done(x);
+}
+
 void tb_http_calls_deliver(struct tb_http_server *s)
 {
     struct tb_list done;

@@ -206,9 +206,9 @@ static void on_done(uv_work_t *w, int status)
         finish(s);
         if (!s->begun) {
             tb_api_error(req, &s->err);
-        } else { /* too late for a status: the tar lacks its end, and readers notice */
+        } else { /* too late for a status */
             tb_log(TB_LOG_ERROR, "api", "archive cut short: %s", s->err.msg);
-            tb_http_stream_end(req);
+            tb_http_stream_cut(req);
         }
         return;
     }
