@@ -346,7 +346,7 @@ struct call {
     const struct tb_encoder *c;
     pcre2_match_data *match;
     struct tb_ids *out;
-    bool find_added;
+    bool plain; /* special tokens in the text are text */
 };
 
 /* One match from `at`; 1 and its bounds, 0 if there is none, or a negative error. */
@@ -439,11 +439,11 @@ static int cut_added(struct call *k, const struct finder *f, struct tb_span s,
                      int (*rest)(struct call *, struct tb_span))
 {
     size_t done = 0;
-    for (size_t i = 0; i < s.n && k->find_added && f->n_lengths;) {
+    for (size_t i = 0; i < s.n && f->n_lengths;) {
         size_t len;
         int32_t id = finder_at(f, s.p + i, s.n - i, &len);
-        if (id < 0) {
-            i++;
+        if (id < 0 || (k->plain && tb_tokenizer_is_special(k->c->t, id))) {
+            i += id < 0 ? 1 : len;
             continue;
         }
         size_t begin = i, end = i + len;
@@ -496,7 +496,7 @@ int tb_tokenizer_encode(const struct tb_tokenizer *t, struct tb_span text, unsig
     struct call k = {.c = c,
                      .match = pcre2_match_data_create(16, NULL),
                      .out = out,
-                     .find_added = !(flags & TB_ENCODE_PLAIN)};
+                     .plain = flags & TB_ENCODE_PLAIN};
     size_t start = out->n;
     int rc = k.match ? 0 : TB_ENOMEM;
     bool around = flags & TB_ENCODE_TEMPLATE;

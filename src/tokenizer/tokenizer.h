@@ -60,7 +60,8 @@ enum tb_encode_flags {
     TB_ENCODE_TEMPLATE =
         1, /* put the file's special tokens around the text (Llama-3's begin of text) */
     TB_ENCODE_PLAIN =
-        2, /* added tokens in the text are text: what users write cannot inject them */
+        2, /* special tokens in the text are text: what users write cannot inject them (the
+              library's split_special_tokens); other added tokens, such as <think>, are found */
 };
 /* Appends the ids of text (UTF-8) to out, as the Hugging Face tokenizers library gives them. On
  * failure out is as it was: TB_EINVAL for text that is not UTF-8, TB_EUNSUPPORTED (with the file's
