@@ -48,7 +48,7 @@ typedef struct tb_model_option {
 } tb_model_option_t;
 
 #define TB_MAX_MODELS   16
-#define TB_MAX_API_KEYS 64
+#define TB_MAX_API_KEYS 256
 
 typedef struct tb_options {
     tb_model_option_t models[TB_MAX_MODELS];
@@ -56,16 +56,21 @@ typedef struct tb_options {
     const char *data_dir; /* metadata and checkpoints; created when missing */
     const char *backend;  /* "auto", "cpu", "cuda" */
     const char *dtype;    /* "auto", "bf16", "f32" */
+    /* "KEY" or "KEY=TENANT". A tenant (without a name: "default") sees only what is its own. */
     const char *api_keys[TB_MAX_API_KEYS];
-    int n_api_keys;            /* 0: every key is accepted */
-    const char *public_url;    /* base of URLs in answers; NULL: from the request */
-    uint64_t memory;           /* bytes; 0: what the machine has */
-    int n_threads;             /* computing threads; 0: all cores */
-    int max_rank;              /* 256 */
-    int max_context;           /* tokens; 0: the model's own limit */
-    uint64_t max_body;         /* bytes; 256 MiB */
-    uint64_t long_poll_ms;     /* how long retrieve_future waits; 25,000 */
-    uint64_t session_lease_ms; /* a session without heartbeat ends after this; 600,000 */
+    int n_api_keys; /* 0: every key is accepted, and all are one tenant */
+    /* limits of each tenant; 0: none */
+    uint64_t tenant_rate, tenant_burst; /* submits a second, and at once (0: as many as a second) */
+    uint64_t tenant_queue;              /* bytes of requests without a result */
+    uint64_t tenant_pending;            /* requests without a result */
+    const char *public_url;             /* base of URLs in answers; NULL: from the request */
+    uint64_t memory;                    /* bytes; 0: what the machine has */
+    int n_threads;                      /* computing threads; 0: all cores */
+    int max_rank;                       /* 256 */
+    int max_context;                    /* tokens; 0: the model's own limit */
+    uint64_t max_body;                  /* bytes; 256 MiB */
+    uint64_t long_poll_ms;              /* how long retrieve_future waits; 25,000 */
+    uint64_t session_lease_ms;          /* a session without heartbeat ends after this; 600,000 */
 } tb_options_t;
 
 /* Fills in the defaults above. */

@@ -4,7 +4,6 @@
  */
 #include "api/api.h"
 
-#include <stdlib.h>
 #include <string.h>
 
 #include "api/internal.h"
@@ -29,37 +28,6 @@ static char *keep(struct tb_api *a, const char *s)
     return s ? tb_arena_strdup(&a->strings, s) : NULL;
 }
 
-int tb_api_create(struct tb_api **out, uv_loop_t *loop, struct tb_core *core,
-                  const struct tb_api_options *o, struct tb_error *err)
-{
-    (void)err;
-    struct tb_api *a = tb_calloc(1, sizeof(*a));
-    a->loop = loop;
-    a->core = core;
-    tb_arena_init(&a->strings);
-    a->o = *o;
-    const char **keys = tb_arena_calloc(&a->strings, (size_t)o->n_api_keys + 1, sizeof(*keys));
-    for (int i = 0; i < o->n_api_keys; i++)
-        keys[i] = keep(a, o->api_keys[i]);
-    a->o.api_keys = keys;
-    a->o.public_url = keep(a, o->public_url);
-    a->o.version = keep(a, o->version ? o->version : "0");
-    tb_map_init(&a->downloads);
-    tb_list_init(&a->downloads_by_age);
-    *out = a;
-    return 0;
-}
-
-void tb_api_set_remote(struct tb_api *a)
-{
-    a->o.loopback = false;
-}
-
-void tb_api_set_http(struct tb_api *a, const struct tb_http_server *http)
-{
-    a->http = http;
-}
-
 static void finish(struct tb_api *a)
 {
     void (*cb)(void *) = a->close_cb;
@@ -74,6 +42,38 @@ static void finish(struct tb_api *a)
     tb_arena_fini(&a->strings);
     tb_free(a);
     if (cb) cb(arg);
+}
+
+int tb_api_create(struct tb_api **out, uv_loop_t *loop, struct tb_core *core,
+                  const struct tb_api_options *o, struct tb_error *err)
+{
+    struct tb_api *a = tb_calloc(1, sizeof(*a));
+    a->loop = loop;
+    a->core = core;
+    tb_arena_init(&a->strings);
+    a->o = *o;
+    a->o.api_keys = NULL; /* see a->keys */
+    a->o.public_url = keep(a, o->public_url);
+    a->o.version = keep(a, o->version ? o->version : "0");
+    tb_map_init(&a->downloads);
+    tb_list_init(&a->downloads_by_age);
+    int rc = tb_api_keys_init(a, o->api_keys, o->n_api_keys, err);
+    if (rc) {
+        finish(a);
+        return rc;
+    }
+    *out = a;
+    return 0;
+}
+
+void tb_api_set_remote(struct tb_api *a)
+{
+    a->o.loopback = false;
+}
+
+void tb_api_set_http(struct tb_api *a, const struct tb_http_server *http)
+{
+    a->http = http;
 }
 
 void tb_api_close(struct tb_api *a, void (*cb)(void *arg), void *arg)
@@ -123,50 +123,6 @@ const struct tb_api_options *tb_api_options_get(const struct tb_api *a)
 uv_loop_t *tb_api_loop(struct tb_api *a)
 {
     return a->loop;
-}
-
-/* ---- authentication */
-
-/* Takes the time of the longer text, wherever they differ. */
-static bool same_key(struct tb_span given, const char *key)
-{
-    size_t n = strlen(key);
-    unsigned diff = given.n != n;
-    for (size_t i = 0; i < given.n; i++)
-        diff |= (unsigned)((unsigned char)given.p[i] ^ (unsigned char)(n ? key[i % n] : 0));
-    return diff == 0;
-}
-
-static bool authorized(const struct tb_api *a, const struct tb_http_request *req)
-{
-    if (a->o.n_api_keys == 0) return true;
-    struct tb_span given = tb_http_header_get(req, "X-API-Key");
-    if (!given.p) {
-        given = tb_http_header_get(req, "Authorization");
-        struct tb_span scheme = {given.p, TB_MIN(given.n, (size_t)7)};
-        if (!tb_span_ieq(scheme, "Bearer ")) return false;
-        given.p += 7;
-        given.n -= 7;
-        while (given.n && *given.p == ' ') {
-            given.p++;
-            given.n--;
-        }
-    }
-    bool ok = false;
-    for (int i = 0; i < a->o.n_api_keys; i++)
-        ok |= same_key(given, a->o.api_keys[i]);
-    return ok;
-}
-
-static void refuse_key(struct tb_http_request *req)
-{
-    struct tb_error e = {0};
-    bool sent =
-        tb_http_header_get(req, "X-API-Key").p || tb_http_header_get(req, "Authorization").p;
-    tb_error_set(&e, TB_EAUTH, "%s",
-                 sent ? "this API key is not accepted"
-                      : "no API key: send X-API-Key, or Authorization: Bearer");
-    tb_api_error(req, &e);
 }
 
 /* ---- dispatch */
@@ -226,10 +182,10 @@ void tb_api_handle(void *api, struct tb_http_request *req)
     for (struct tb_api_own_route *r = a->own; r; r = r->next) {
         if (!tb_span_eq(req->path, r->path)) continue;
         if (r->method == req->method || r->method == method) {
-            if (authorized(a, req))
+            if (tb_api_authorize(a, req))
                 r->cb(r->arg, req);
             else
-                refuse_key(req);
+                tb_api_refuse_key(req);
             return;
         }
         allowed |= 1u << r->method;
@@ -243,8 +199,8 @@ void tb_api_handle(void *api, struct tb_http_request *req)
                 allowed |= 1u << r->method;
                 continue;
             }
-            if (!r->open && !authorized(a, req))
-                refuse_key(req);
+            if (!r->open && !tb_api_authorize(a, req))
+                tb_api_refuse_key(req);
             else
                 r->handle(a, req, &m);
             return;
@@ -283,6 +239,13 @@ void tb_api_answer_empty(struct tb_http_request *req)
 
 void tb_api_error(struct tb_http_request *req, const struct tb_error *err)
 {
+    tb_api_error_with(req, err, &(struct tb_http_field){"Retry-After", "1"},
+                      tb_error_status(err->code) == 429);
+}
+
+void tb_api_error_with(struct tb_http_request *req, const struct tb_error *err,
+                       const struct tb_http_field *fields, size_t n_fields)
+{
     struct tb_buf b;
     struct tb_json_out j;
     int status = tb_error_status(err->code);
@@ -291,14 +254,15 @@ void tb_api_error(struct tb_http_request *req, const struct tb_error *err)
     tb_jout_str(&j, "detail", text);
     tb_jout_str(&j, "message", text);
     tb_jout_str(&j, "category", tb_category_name(tb_error_category(err->code)));
-    struct tb_http_field retry = {"Retry-After", "1"};
-    if (status == 429) tb_jout_str(&j, "queue_state", "paused_capacity");
+    if (status == 429)
+        tb_jout_str(&j, "queue_state",
+                    err->code == TB_ERATE ? "paused_rate_limit" : "paused_capacity");
     tb_jout_object_end(&j);
     if (status >= 500)
         tb_log(TB_LOG_ERROR, "api", "%.*s: %s", (int)TB_MIN(req->path.n, 200), req->path.p, text);
     size_t n;
     char *p = tb_buf_steal(&b, &n);
-    tb_http_respond_owned(req, status, "application/json", p, n, tb_free, p, &retry, status == 429);
+    tb_http_respond_owned(req, status, "application/json", p, n, tb_free, p, fields, n_fields);
 }
 
 /* ---- requests */

@@ -17,7 +17,7 @@
 struct tb_api;
 
 struct tb_api_options {
-    const char *const *api_keys; /* accepted keys; n_api_keys == 0: any key, or none */
+    const char *const *api_keys; /* "KEY" or "KEY=TENANT"; none: any key, or none, is accepted */
     int n_api_keys;
     const char
         *public_url; /* base of absolute URLs, without trailing '/'; NULL: from the request */
@@ -25,6 +25,10 @@ struct tb_api_options {
     size_t max_body; /* also the bound of an inflated body */
     const char *version;
 };
+
+/* "KEY=TENANT" in its parts; TB_EINVAL says what a key looks like, without showing it. */
+int tb_api_key_split(const char *text, struct tb_span *key, struct tb_span *tenant,
+                     struct tb_error *err);
 
 int tb_api_create(struct tb_api **out, uv_loop_t *loop, struct tb_core *core,
                   const struct tb_api_options *o, struct tb_error *err);

@@ -20,6 +20,7 @@
 #include "wire/json_out.h"
 
 struct tb_api_own_route; /* an embedder's */
+struct tb_api_key;       /* key.c */
 
 struct tb_api {
     uv_loop_t *loop;
@@ -28,7 +29,10 @@ struct tb_api {
     struct tb_api_options o;           /* strings in `strings` */
     struct tb_arena strings;
     struct tb_api_own_route *own;
-    struct tb_map downloads; /* token → struct tb_download (rest_external.c) */
+    struct tb_api_key *keys; /* in `strings` */
+    int n_keys;
+    struct tb_tenant *everyone; /* when there are no keys */
+    struct tb_map downloads;    /* token → struct tb_download (rest_external.c) */
     struct tb_list downloads_by_age;
     size_t n_downloads;
     unsigned pending; /* jobs in the pool and callbacks we wait for */
@@ -41,9 +45,34 @@ struct tb_api {
 void tb_api_work_begin(struct tb_api *a);
 void tb_api_work_end(struct tb_api *a);
 
+/* ---- key.c */
+int tb_api_keys_init(struct tb_api *a, const char *const *keys, int n, struct tb_error *err);
+/* Finds out who asks: fills in req->client, or false. */
+bool tb_api_authorize(const struct tb_api *a, struct tb_http_request *req);
+void tb_api_refuse_key(struct tb_http_request *req);
+/* Whose key or token it is, or NULL. */
+struct tb_tenant *tb_api_key_tenant(const struct tb_api *a, struct tb_arena *arena,
+                                    struct tb_span given);
+/* What the SDK exchanges the request's key for, in the request's arena. */
+const char *tb_api_token(struct tb_http_request *req);
+int tb_api_key_number(const struct tb_api *a, struct tb_http_request *req);
+
+/* Who asks, in handlers of routes that need a key. */
+static inline struct tb_tenant *tb_api_who(const struct tb_http_request *req)
+{
+    return req->client;
+}
+static inline const char *tb_api_tenant(const struct tb_http_request *req)
+{
+    return tb_tenant_name(req->client);
+}
+
 /* Does `path` match a pattern of the route table? Parameters are spans of path. */
 bool tb_route_match_path(const char *pattern, struct tb_span path, struct tb_route_match *m);
 
+/* tb_api_error with header fields. */
+void tb_api_error_with(struct tb_http_request *req, const struct tb_error *err,
+                       const struct tb_http_field *fields, size_t n_fields);
 /* Answers with what the writer filled; the buffer's memory moves. A buffer that ran full is a 500.
  */
 void tb_api_answer(struct tb_http_request *req, int status, struct tb_buf *b);

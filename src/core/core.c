@@ -1,6 +1,7 @@
 /*
  * Core: creation, options, engine tasks, the tick, statistics, closing. See core.h.
  */
+#include <stdio.h>
 #include <string.h>
 
 #include "core/core_internal.h"
@@ -42,12 +43,17 @@ int tb_core_create(struct tb_core **out, uv_loop_t *loop, struct tb_engine *engi
     c->o.result_ttl_ms = pick(o->result_ttl_ms, TB_RESULT_TTL_MS);
     c->o.result_unread_ttl_ms = pick(o->result_unread_ttl_ms, TB_RESULT_UNREAD_TTL_MS);
     c->o.max_queued_bytes = pick(o->max_queued_bytes, TB_MAX_QUEUED_BYTES);
+    c->o.tenant_rate = o->tenant_rate;
+    c->o.tenant_burst = pick(o->tenant_burst, o->tenant_rate);
+    c->o.tenant_queued_bytes = o->tenant_queued_bytes;
+    c->o.tenant_pending = o->tenant_pending;
     struct tb_map *maps[] = {&c->session_map, &c->model_map,    &c->sampler_map,
                              &c->future_map,  &c->session_keys, &c->idem,
                              &c->versions,    &c->by_address,   &c->opened};
     for (size_t i = 0; i < TB_ARRAY_LEN(maps); i++)
         tb_map_init(maps[i]);
     tb_list_init(&c->sessions);
+    tb_list_init(&c->tenants);
     tb_list_init(&c->waiters);
     tb_list_init(&c->unread);
     tb_list_init(&c->read);
@@ -183,17 +189,37 @@ void tb_core_run_free(struct tb_core *c, struct tb_task *t)
 
 /* ---- submits */
 
-int tb_core_admit(struct tb_core *c, const struct tb_op *op, bool in_turn, struct tb_error *err)
+int tb_core_admit(struct tb_core *c, struct tb_tenant *t, const struct tb_op *op, bool in_turn,
+                  struct tb_error *err)
 {
     size_t max = c->o.max_queued_bytes;
-    if (c->queued_bytes == 0 || in_turn) return 0;
-    if (op->body_bytes <= max && c->queued_bytes <= max - op->body_bytes) return 0;
-    return tb_error_set(err, TB_EBUSY,
-                        "the server's queues are full (%zu bytes wait, %zu are allowed); try again",
-                        c->queued_bytes, max);
+    int rc = 0;
+    if (c->queued_bytes && !in_turn &&
+        (op->body_bytes > max || c->queued_bytes > max - op->body_bytes))
+        rc = tb_error_set(
+            err, TB_EBUSY,
+            "the server's queues are full (%zu bytes wait, %zu are allowed); try again",
+            c->queued_bytes, max);
+    else
+        rc = tb_tenant_admit(c, t, op, in_turn, err);
+    if (rc) t->refused_ms = tb_clock_ms();
+    t->refusal = rc;
+    return rc;
 }
 
-int tb_core_submit(struct tb_core *c, struct tb_op *op, struct tb_ticket *out, struct tb_error *err)
+int tb_core_no_base_model(const struct tb_core *c, int code, const char *name, struct tb_error *err)
+{
+    char served[256] = "";
+    size_t n = 0;
+    for (int i = 0; i < tb_core_n_models(c) && n < sizeof(served); i++)
+        n += (size_t)snprintf(served + n, sizeof(served) - n, "%s%s", i ? ", " : "",
+                              tb_engine_model_info(c->engine, i)->name);
+    return tb_error_set(err, code, "base model '%.160s' is not served here; served: %s",
+                        name ? name : "", served);
+}
+
+int tb_core_submit(struct tb_core *c, struct tb_tenant *who, struct tb_op *op,
+                   struct tb_ticket *out, struct tb_error *err)
 {
     bool kept = false;
     int rc;
@@ -202,22 +228,22 @@ int tb_core_submit(struct tb_core *c, struct tb_op *op, struct tb_ticket *out, s
     if (c->closing)
         rc = tb_error_set(err, TB_EBUSY, "the server is stopping");
     else if (type == TB_OP_SAMPLE)
-        rc = tb_sampler_submit(c, op, out, &kept, err);
+        rc = tb_sampler_submit(c, who, op, out, &kept, err);
     else if (type == TB_OP_CREATE_CUSTOM_LOSS)
-        rc = tb_loss_submit(c, op, out, &kept, err);
+        rc = tb_loss_submit(c, who, op, out, &kept, err);
     else if (type == TB_OP_CREATE_MODEL || (type == TB_OP_LOAD_WEIGHTS && !op->model_id))
-        rc = tb_model_submit_create(c, op, out, &kept, err);
+        rc = tb_model_submit_create(c, who, op, out, &kept, err);
     else
-        rc = tb_model_submit(c, op, out, &kept, err);
+        rc = tb_model_submit(c, who, op, out, &kept, err);
     if (!kept) tb_op_destroy(op);
     if (kept) c->stats.submitted[type]++;
     tb_core_leave(c);
     return rc;
 }
 
-void tb_core_cancel(struct tb_core *c, const char *request_id, size_t id_len)
+void tb_core_cancel(struct tb_core *c, struct tb_tenant *who, const char *request_id, size_t id_len)
 {
-    struct tb_future *f = tb_future_find(c, request_id, id_len);
+    struct tb_future *f = tb_future_find_of(c, who, request_id, id_len);
     if (!f || f->phase == TB_PHASE_OVER || f->op->type != TB_OP_SAMPLE) return;
     f->canceled = true;
     if (f->phase == TB_PHASE_RUNNING) {
@@ -255,6 +281,7 @@ static void core_free(struct tb_core *c)
                              &c->versions,    &c->by_address,   &c->opened};
     for (size_t i = 0; i < TB_ARRAY_LEN(maps); i++)
         tb_map_fini(maps[i]);
+    tb_tenants_destroy(c);
     void (*cb)(void *) = c->close_cb;
     void *arg = c->close_arg;
     tb_free(c);

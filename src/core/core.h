@@ -22,6 +22,11 @@
  *  - request ids are deterministic: "{model_id}:{seq_id}", "{sampler_id}:{seq_id}",
  * "{model_id}:create", "{loss_id}:create".
  *
+ *  - Everything belongs to a tenant, through its session. Each call takes the tenant who asks, and
+ *    what is another's is answered as if it were not known. Tenants have limits of their own.
+ *  - A label of a sample is remembered as long as its result: one that is repeated after that runs
+ *    anew. (A training number is remembered for ever.)
+ *
  * Thread: the loop's. Owner: strings in answers are core's and valid until the loop turns, unless
  * said.
  */
@@ -39,6 +44,7 @@
 #include "util/list.h"
 
 struct tb_core;
+struct tb_tenant;
 
 struct tb_core_options {
     uint64_t session_lease_ms; /* 0 = the defaults of util/limits.h, for all */
@@ -46,6 +52,10 @@ struct tb_core_options {
     uint64_t result_ttl_ms;        /* after the first delivery */
     uint64_t result_unread_ttl_ms; /* never fetched */
     uint64_t max_queued_bytes;
+    /* of each tenant; 0 = no limit */
+    uint64_t tenant_rate, tenant_burst; /* submits a second, and how many at once */
+    uint64_t tenant_queued_bytes;       /* of requests without a result */
+    uint64_t tenant_pending;            /* requests without a result */
 };
 
 int tb_core_create(struct tb_core **out, uv_loop_t *loop, struct tb_engine *engine,
@@ -56,32 +66,38 @@ void tb_core_drain(struct tb_core *c);
  * cb. Tasks still in the engine are canceled first. */
 void tb_core_close(struct tb_core *c, void (*cb)(void *arg), void *arg);
 
+/* ---- tenants: made when first named; core's, until it closes. Names are checked by the caller. */
+struct tb_tenant *tb_core_tenant(struct tb_core *c, const char *name);
+const char *tb_tenant_name(const struct tb_tenant *t);
+
 /* ---- sessions */
 struct tb_session_params {
     const char *tags_json, *user_metadata_json; /* JSON texts or NULL */
     const char *sdk_version, *project_id, *display_name;
     const char *idempotency_key; /* or NULL: the same key gives the same session */
 };
-int tb_core_create_session(struct tb_core *c, const struct tb_session_params *p, const char **id,
+int tb_core_create_session(struct tb_core *c, struct tb_tenant *who,
+                           const struct tb_session_params *p, const char **id,
                            struct tb_error *err);
 /* TB_EGONE when it ended or is unknown (a restart). Renews the lease. */
-int tb_core_heartbeat(struct tb_core *c, const char *session_id, struct tb_error *err);
+int tb_core_heartbeat(struct tb_core *c, struct tb_tenant *who, const char *session_id,
+                      struct tb_error *err);
 /* First reason wins; repeating is fine. Waiting ops fail, running ones finish; memory is freed. A
  * session of before a restart has ended, so that is fine too; TB_ENOTFOUND for an id that cannot
  * be one of ours. */
-int tb_core_finish_session(struct tb_core *c, const char *session_id, const char *reason,
-                           const char *detail, struct tb_error *err);
+int tb_core_finish_session(struct tb_core *c, struct tb_tenant *who, const char *session_id,
+                           const char *reason, const char *detail, struct tb_error *err);
 
 /* ---- submits. The op moves in every case (it is freed on error). Immediate errors are for what
  * has no place in an order: unknown session/model/sampler (TB_ENOTFOUND), unknown base model or
- * rank at creation (TB_EINVAL), TB_EBUSY when the queues hold too many bytes. Anything else wrong
- * becomes a failed future. */
+ * rank at creation (TB_EINVAL), TB_EBUSY when the queues hold too much, TB_ERATE beyond the
+ * tenant's rate. Anything else wrong becomes a failed future. */
 struct tb_ticket {
     const char *request_id;
     const char *model_id; /* creations: the model's id; else the op's, may be NULL */
 };
-int tb_core_submit(struct tb_core *c, struct tb_op *op, struct tb_ticket *out,
-                   struct tb_error *err);
+int tb_core_submit(struct tb_core *c, struct tb_tenant *who, struct tb_op *op,
+                   struct tb_ticket *out, struct tb_error *err);
 
 /* ---- futures */
 enum tb_future_state {
@@ -103,7 +119,8 @@ struct tb_waiter {
                const char *queue_state, const char *reason);
     void *arg;
 };
-void tb_core_wait(struct tb_core *c, const char *request_id, size_t id_len, struct tb_waiter *w);
+void tb_core_wait(struct tb_core *c, struct tb_tenant *who, const char *request_id, size_t id_len,
+                  struct tb_waiter *w);
 void tb_core_unwait(struct tb_core *c,
                     struct tb_waiter *w); /* the client went away; cb is not called */
 /* Keeps the op that a callback was given beyond the call, until the release: it may be read from
@@ -126,13 +143,14 @@ struct tb_core_stream {
     void (*end)(struct tb_core_stream *s, enum tb_future_state state, const struct tb_op *op);
     void *arg;
 };
-void tb_core_stream(struct tb_core *c, const char *request_id, size_t id_len,
+void tb_core_stream(struct tb_core *c, struct tb_tenant *who, const char *request_id, size_t id_len,
                     struct tb_core_stream *s);
 /* The client went away: nothing is called any more. tb_core_cancel ends the sample itself. */
 void tb_core_unstream(struct tb_core *c, struct tb_core_stream *s);
 
 /* Gives up a sample: it fails with TB_ECANCELED soon. Anything else runs on. */
-void tb_core_cancel(struct tb_core *c, const char *request_id, size_t id_len);
+void tb_core_cancel(struct tb_core *c, struct tb_tenant *who, const char *request_id,
+                    size_t id_len);
 
 /* ---- feeds: what is over of one sampler, for clients that wait for many samples with one poll.
  * A feed is of a (sampler, clone), clone = seq_id / TB_CLONE_BLOCK. Events have cursors 1, 2, ...;
@@ -155,11 +173,12 @@ struct tb_feed_waiter {
     void *arg;
 };
 /* timeout_ms is cut to the long poll's; 0: the answer comes from inside the call. */
-void tb_core_feed_wait(struct tb_core *c, const char *sampler_id, int64_t clone, uint64_t prev,
-                       uint64_t timeout_ms, struct tb_feed_waiter *w);
+void tb_core_feed_wait(struct tb_core *c, struct tb_tenant *who, const char *sampler_id,
+                       int64_t clone, uint64_t prev, uint64_t timeout_ms, struct tb_feed_waiter *w);
 void tb_core_feed_unwait(struct tb_core *c, struct tb_feed_waiter *w); /* cb is not called */
 /* The client has the payload and will not ask again: a sample's result is freed. */
-void tb_core_retrieved(struct tb_core *c, const char *request_id, size_t id_len);
+void tb_core_retrieved(struct tb_core *c, struct tb_tenant *who, const char *request_id,
+                       size_t id_len);
 
 /* ---- models and samplers */
 struct tb_model_answer {
@@ -167,8 +186,8 @@ struct tb_model_answer {
         *optimizer; /* tokenizer_id NULL: name */
     struct tb_lora_config lora;
 };
-int tb_core_model_info(struct tb_core *c, const char *model_id, struct tb_model_answer *out,
-                       struct tb_error *err);
+int tb_core_model_info(struct tb_core *c, struct tb_tenant *who, const char *model_id,
+                       struct tb_model_answer *out, struct tb_error *err);
 
 struct tb_sampling_session_params {
     const char *session_id;
@@ -178,13 +197,14 @@ struct tb_sampling_session_params {
 /* cb once, maybe at once: sampler id, or an error (TB_ENOTFOUND unknown session/model/path,
  * TB_EINVAL). */
 typedef void (*tb_core_sampler_cb)(void *arg, const struct tb_error *err, const char *sampler_id);
-void tb_core_create_sampling_session(struct tb_core *c, const struct tb_sampling_session_params *p,
+void tb_core_create_sampling_session(struct tb_core *c, struct tb_tenant *who,
+                                     const struct tb_sampling_session_params *p,
                                      tb_core_sampler_cb cb, void *arg);
 
 /* A block of seq_ids for one more client of a sampler: 1, 2, ... TB_ENOTFOUND, or TB_EGONE for a
  * sampler that ended. */
-int tb_core_join_sampling_session(struct tb_core *c, const char *sampler_id, int64_t *clone,
-                                  struct tb_error *err);
+int tb_core_join_sampling_session(struct tb_core *c, struct tb_tenant *who, const char *sampler_id,
+                                  int64_t *clone, struct tb_error *err);
 
 struct tb_store *tb_core_store(struct tb_core *c);
 struct tb_engine *tb_core_engine(struct tb_core *c);

@@ -3,6 +3,7 @@
  *
  *   core     tables, timers, closing                    core.c
  *   future   one submitted op, its state, who waits      future.c
+ *   tenant   owners of sessions, their limits            tenant.c
  *   session  models, samplers and futures of a client    session.c
  *   model    one queue ordered by seq_id                  model.c, weights.c
  *   sampler  a sampling session; versions of weights      sampler.c
@@ -32,8 +33,20 @@
 #define TB_FIRST_SPARE   1000000000LL /* far from what clients count */
 #define TB_COMPACT_BYTES (64u * 1024) /* a training op this big is cut down to its result */
 
+struct tb_tenant {
+    struct tb_list node; /* core->tenants */
+    char *name;
+    struct tb_core_session *anonymous; /* of samplers addressed without a session */
+    size_t queued_bytes, n_pending;    /* of futures not over */
+    double tokens;                     /* submits that it may make now */
+    uint64_t refilled_ms;
+    int refusal; /* TB_ERATE, TB_EBUSY: why a submit was refused last, at */
+    uint64_t refused_ms;
+};
+
 struct tb_core_session {
     struct tb_core *core;
+    struct tb_tenant *tenant;
     struct tb_list node; /* core->sessions */
     char *id, *idem;
     bool ended, anonymous;
@@ -43,7 +56,7 @@ struct tb_core_session {
     int n_losses;
     size_t n_pending;   /* futures not over */
     int64_t next_spare; /* sampler numbers for ids that are taken */
-    uint64_t tenant;    /* its number: what the engine shares the machine by */
+    uint64_t share;     /* its number: what the engine shares the machine by */
 };
 
 enum tb_phase {
@@ -171,13 +184,12 @@ struct tb_core {
     struct tb_core_options o;
 
     struct tb_map session_map, model_map, sampler_map, future_map; /* by id */
-    struct tb_map session_keys;                                    /* idempotency key → session */
-    struct tb_map idem;       /* scope and idempotency key → future */
-    struct tb_map versions;   /* checkpoint path → version */
-    struct tb_map by_address; /* base model or path → sampler */
-    struct tb_map opened;     /* session and sampling_session_seq_id → sampler */
-    struct tb_list sessions;
-    struct tb_core_session *anonymous; /* of samplers addressed without a session */
+    struct tb_map session_keys; /* tenant and idempotency key → session */
+    struct tb_map idem;         /* tenant, scope and idempotency key → future */
+    struct tb_map versions;     /* checkpoint path → version */
+    struct tb_map by_address;   /* tenant and base model or path → sampler */
+    struct tb_map opened;       /* session and sampling_session_seq_id → sampler */
+    struct tb_list sessions, tenants;
 
     struct tb_list waiters;      /* tb_waiter.deadline_node, earliest first */
     struct tb_list unread, read; /* futures over, by expiry */
@@ -187,7 +199,7 @@ struct tb_core {
     struct tb_list feed_waiters; /* tb_feed_waiter.deadline_node, earliest first */
     bool leaving;
     size_t queued_bytes, held_bytes;
-    uint64_t next_adapter, next_version, next_loss, next_anonymous, next_tenant;
+    uint64_t next_adapter, next_version, next_loss, next_anonymous, next_share;
     struct tb_core_stats stats;
     uint64_t sampled_tokens;
     char scratch[TB_ID_BYTES];
@@ -207,12 +219,29 @@ struct tb_task *tb_core_task(enum tb_task_type type, int engine_model);
 void tb_core_run(struct tb_future *f, struct tb_task *t,
                  void (*step)(struct tb_future *f, struct tb_task *t));
 void tb_core_run_free(struct tb_core *c, struct tb_task *t);
-/* Takes the op's bytes into account; in_turn: it is next, so refusing it could block others. */
-int tb_core_admit(struct tb_core *c, const struct tb_op *op, bool in_turn, struct tb_error *err);
+/* Whether there is room for one more op; in_turn: it is next, so refusing it could block others. */
+int tb_core_admit(struct tb_core *c, struct tb_tenant *t, const struct tb_op *op, bool in_turn,
+                  struct tb_error *err);
+/* "base model 'x' is not served here; served: a, b" */
+int tb_core_no_base_model(const struct tb_core *c, int code, const char *name,
+                          struct tb_error *err);
+
+/* ---- tenant.c */
+char *tb_tenant_scoped(const struct tb_tenant *t, const char *key); /* unique among all; tb_free */
+int tb_tenant_admit(struct tb_core *c, struct tb_tenant *t, const struct tb_op *op, bool in_turn,
+                    struct tb_error *err);
+/* The queue state for those who wait while submits of the tenant are refused; NULL: none are. */
+const char *tb_tenant_paused(const struct tb_core *c, const struct tb_tenant *t, char *reason,
+                             size_t n);
+void tb_tenants_destroy(struct tb_core *c);
 
 /* ---- future.c */
 struct tb_future *tb_future_find(const struct tb_core *c, const char *id, size_t n);
-struct tb_future *tb_future_by_key(const struct tb_core *c, const char *scope, const char *key);
+/* NULL when it is another tenant's. */
+struct tb_future *tb_future_find_of(const struct tb_core *c, const struct tb_tenant *who,
+                                    const char *id, size_t n);
+struct tb_future *tb_future_by_key(const struct tb_core *c, const struct tb_tenant *who,
+                                   const char *scope, const char *key);
 /* Takes the op. */
 struct tb_future *tb_future_create(struct tb_core *c, const char *id, struct tb_op *op,
                                    struct tb_core_session *s);
@@ -238,9 +267,14 @@ void tb_feeds_answer(struct tb_core *c);
 void tb_feeds_all_pending(struct tb_core *c);
 
 /* ---- session.c */
-struct tb_core_session *tb_session_create(struct tb_core *c, const struct tb_session_params *p,
-                                          bool anonymous);
-struct tb_core_session *tb_session_find(const struct tb_core *c, const char *id); /* live or NULL */
+struct tb_core_session *tb_session_create(struct tb_core *c, struct tb_tenant *who,
+                                          const struct tb_session_params *p, bool anonymous);
+/* Live and the tenant's, or NULL. */
+struct tb_core_session *tb_session_find(const struct tb_core *c, const struct tb_tenant *who,
+                                        const char *id);
+/* For a submit: TB_ENOTFOUND with its text. */
+int tb_session_get(const struct tb_core *c, const struct tb_tenant *who, const char *id,
+                   struct tb_core_session **out, struct tb_error *err);
 bool tb_session_id_well_formed(const char *id, size_t n);
 void tb_session_seen(struct tb_core_session *s);
 void tb_session_end(struct tb_core_session *s, const char *status, const char *reason,
@@ -249,11 +283,12 @@ void tb_sessions_tick(struct tb_core *c, uint64_t now_ms);
 void tb_session_destroy(struct tb_core_session *s);
 
 /* ---- model.c. The submits keep the op and set *kept, or leave it to the caller to free. */
-struct tb_core_model *tb_model_find(const struct tb_core *c, const char *id);
-int tb_model_submit_create(struct tb_core *c, struct tb_op *op, struct tb_ticket *out, bool *kept,
-                           struct tb_error *err);
-int tb_model_submit(struct tb_core *c, struct tb_op *op, struct tb_ticket *out, bool *kept,
-                    struct tb_error *err);
+struct tb_core_model *tb_model_find(const struct tb_core *c, const struct tb_tenant *who,
+                                    const char *id);
+int tb_model_submit_create(struct tb_core *c, struct tb_tenant *who, struct tb_op *op,
+                           struct tb_ticket *out, bool *kept, struct tb_error *err);
+int tb_model_submit(struct tb_core *c, struct tb_tenant *who, struct tb_op *op,
+                    struct tb_ticket *out, bool *kept, struct tb_error *err);
 void tb_model_pump(struct tb_core_model *m);
 void tb_model_created(struct tb_future *f, const struct tb_error *e); /* e NULL: success */
 void tb_model_end(struct tb_core_model *m, const char *message);
@@ -274,19 +309,20 @@ void tb_weights_unload(struct tb_future *f);
 bool tb_weights_is_ephemeral(const struct tb_op *op);
 
 /* ---- loss.c */
-int tb_loss_submit(struct tb_core *c, struct tb_op *op, struct tb_ticket *out, bool *kept,
-                   struct tb_error *err);
+int tb_loss_submit(struct tb_core *c, struct tb_tenant *who, struct tb_op *op,
+                   struct tb_ticket *out, bool *kept, struct tb_error *err);
 /* The engine's number of the custom loss that a training op names, 0 when it names none. */
 int tb_loss_of_op(const struct tb_core_session *s, const struct tb_op *op, uint64_t *engine_id,
                   struct tb_error *err);
 void tb_losses_end(struct tb_core_session *s);
 
 /* ---- sampler.c */
-struct tb_core_sampler *tb_sampler_find(const struct tb_core *c, const char *id);
+struct tb_core_sampler *tb_sampler_find(const struct tb_core *c, const struct tb_tenant *who,
+                                        const char *id);
 /* "{session}:sample:{n}", or with a spare number when that id is taken. */
 void tb_sampler_free_id(struct tb_core_session *s, int64_t n, char out[TB_ID_BYTES]);
-int tb_sampler_submit(struct tb_core *c, struct tb_op *op, struct tb_ticket *out, bool *kept,
-                      struct tb_error *err);
+int tb_sampler_submit(struct tb_core *c, struct tb_tenant *who, struct tb_op *op,
+                      struct tb_ticket *out, bool *kept, struct tb_error *err);
 /* A sampler of a published version; takes one reference of v, or of t when t is not NULL. */
 struct tb_core_sampler *tb_sampler_publish(struct tb_core_model *m, const char *id,
                                            struct tb_core_version *v, struct tb_core_target *t);

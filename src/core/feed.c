@@ -174,14 +174,14 @@ static void acknowledge(struct tb_core_feed *d, uint64_t cursor)
     }
 }
 
-void tb_core_feed_wait(struct tb_core *c, const char *sampler_id, int64_t clone, uint64_t prev,
-                       uint64_t timeout_ms, struct tb_feed_waiter *w)
+void tb_core_feed_wait(struct tb_core *c, struct tb_tenant *who, const char *sampler_id,
+                       int64_t clone, uint64_t prev, uint64_t timeout_ms, struct tb_feed_waiter *w)
 {
     tb_list_init(&w->node);
     tb_list_init(&w->deadline_node);
     w->feed = NULL;
     w->prev = prev;
-    struct tb_core_sampler *sp = tb_sampler_find(c, sampler_id);
+    struct tb_core_sampler *sp = tb_sampler_find(c, who, sampler_id);
     if (!sp) {
         struct tb_error e;
         no_sampler(sampler_id, &e);
@@ -215,19 +215,20 @@ void tb_core_feed_unwait(struct tb_core *c, struct tb_feed_waiter *w)
     if (w->feed) unlink_waiter(c, w);
 }
 
-void tb_core_retrieved(struct tb_core *c, const char *request_id, size_t id_len)
+void tb_core_retrieved(struct tb_core *c, struct tb_tenant *who, const char *request_id,
+                       size_t id_len)
 {
-    struct tb_future *f = tb_future_find(c, request_id, id_len);
+    struct tb_future *f = tb_future_find_of(c, who, request_id, id_len);
     if (!f || f->phase != TB_PHASE_OVER || f->op->type != TB_OP_SAMPLE || f->drop) return;
     tb_future_drop(f);
 }
 
 /* ---- clients of one sampler */
 
-int tb_core_join_sampling_session(struct tb_core *c, const char *sampler_id, int64_t *clone,
-                                  struct tb_error *err)
+int tb_core_join_sampling_session(struct tb_core *c, struct tb_tenant *who, const char *sampler_id,
+                                  int64_t *clone, struct tb_error *err)
 {
-    struct tb_core_sampler *sp = tb_sampler_find(c, sampler_id);
+    struct tb_core_sampler *sp = tb_sampler_find(c, who, sampler_id);
     if (!sp) return no_sampler(sampler_id, err);
     tb_session_seen(sp->session);
     sp->used_ms = tb_clock_ms();

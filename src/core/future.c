@@ -16,15 +16,23 @@ struct tb_future *tb_future_find(const struct tb_core *c, const char *id, size_t
     return tb_map_get(&c->future_map, id, n);
 }
 
-static char *scoped_key(const char *scope, const char *key)
+struct tb_future *tb_future_find_of(const struct tb_core *c, const struct tb_tenant *who,
+                                    const char *id, size_t n)
 {
-    return tb_asprintf("%s\n%s", scope, key);
+    struct tb_future *f = tb_future_find(c, id, n);
+    return f && f->session->tenant == who ? f : NULL;
 }
 
-struct tb_future *tb_future_by_key(const struct tb_core *c, const char *scope, const char *key)
+static char *scoped_key(const struct tb_tenant *who, const char *scope, const char *key)
+{
+    return tb_asprintf("%s\n%s\n%s", who->name, scope, key);
+}
+
+struct tb_future *tb_future_by_key(const struct tb_core *c, const struct tb_tenant *who,
+                                   const char *scope, const char *key)
 {
     if (!key) return NULL;
-    char *k = scoped_key(scope, key);
+    char *k = scoped_key(who, scope, key);
     struct tb_future *f = tb_map_get(&c->idem, k, strlen(k));
     tb_free(k);
     return f;
@@ -33,7 +41,7 @@ struct tb_future *tb_future_by_key(const struct tb_core *c, const char *scope, c
 void tb_future_set_key(struct tb_future *f, const char *scope, const char *key)
 {
     if (!key || f->idem) return;
-    f->idem = scoped_key(scope, key);
+    f->idem = scoped_key(f->session->tenant, scope, key);
     tb_map_put(&f->core->idem, f->idem, strlen(f->idem), f);
 }
 
@@ -57,6 +65,8 @@ struct tb_future *tb_future_create(struct tb_core *c, const char *id, struct tb_
     s->n_pending++;
     f->queued_bytes = op->body_bytes;
     c->queued_bytes += f->queued_bytes;
+    s->tenant->queued_bytes += f->queued_bytes;
+    s->tenant->n_pending++;
     c->stats.futures_pending++;
     tb_map_put(&c->future_map, f->id, strlen(f->id), f);
     return f;
@@ -218,6 +228,8 @@ void tb_future_finish(struct tb_future *f)
     f->phase = TB_PHASE_OVER;
     f->state = f->op->error.code ? TB_FUTURE_FAILED : TB_FUTURE_DONE;
     c->queued_bytes -= f->queued_bytes;
+    f->session->tenant->queued_bytes -= f->queued_bytes;
+    f->session->tenant->n_pending--;
     f->queued_bytes = 0;
     c->stats.futures_pending--;
     c->stats.futures_done++;
@@ -332,9 +344,12 @@ bool tb_sampler_id_well_formed(const char *id)
 
 static void pending_answer(struct tb_waiter *w, const struct tb_future *f)
 {
-    char reason[96];
+    char reason[128];
     const char *why = NULL;
-    if (f->phase == TB_PHASE_BLOCKED && f->model) {
+    const char *state = tb_tenant_paused(f->core, f->session->tenant, reason, sizeof(reason));
+    if (state) {
+        why = reason;
+    } else if (f->phase == TB_PHASE_BLOCKED && f->model) {
         snprintf(reason, sizeof(reason), "waiting for seq_id %lld", (long long)f->model->next_seq);
         why = reason;
     } else if (f->phase == TB_PHASE_READY && f->model && f->model->state == TB_MODEL_CREATING) {
@@ -342,7 +357,7 @@ static void pending_answer(struct tb_waiter *w, const struct tb_future *f)
     } else if (f->phase == TB_PHASE_READY && f->sampler) {
         why = "waiting for the weights to be loaded";
     }
-    w->cb(w, TB_FUTURE_PENDING, NULL, "active", why);
+    w->cb(w, TB_FUTURE_PENDING, NULL, state ? state : "active", why);
 }
 
 static void arm_wait_timer(struct tb_core *c)
@@ -378,12 +393,13 @@ void tb_waiters_all_pending(struct tb_core *c)
     end_waits(c, UINT64_MAX);
 }
 
-void tb_core_wait(struct tb_core *c, const char *request_id, size_t id_len, struct tb_waiter *w)
+void tb_core_wait(struct tb_core *c, struct tb_tenant *who, const char *request_id, size_t id_len,
+                  struct tb_waiter *w)
 {
     tb_list_init(&w->node);
     tb_list_init(&w->deadline_node);
     w->future = NULL;
-    struct tb_future *f = tb_future_find(c, request_id, id_len);
+    struct tb_future *f = tb_future_find_of(c, who, request_id, id_len);
     if (!f) {
         bool ours = tb_request_id_well_formed(request_id, id_len);
         w->cb(w, ours ? TB_FUTURE_GONE : TB_FUTURE_UNKNOWN, NULL, NULL, NULL);
@@ -426,10 +442,10 @@ void tb_future_progress(struct tb_task *t, const struct tb_progress *p)
     tb_core_leave(c);
 }
 
-void tb_core_stream(struct tb_core *c, const char *request_id, size_t id_len,
+void tb_core_stream(struct tb_core *c, struct tb_tenant *who, const char *request_id, size_t id_len,
                     struct tb_core_stream *s)
 {
-    struct tb_future *f = tb_future_find(c, request_id, id_len);
+    struct tb_future *f = tb_future_find_of(c, who, request_id, id_len);
     s->future = NULL;
     if (!f) {
         bool ours = tb_request_id_well_formed(request_id, id_len);

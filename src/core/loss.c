@@ -54,16 +54,14 @@ static void created(struct tb_future *f, struct tb_task *t)
     tb_future_finish(f);
 }
 
-int tb_loss_submit(struct tb_core *c, struct tb_op *op, struct tb_ticket *out, bool *kept,
-                   struct tb_error *err)
+int tb_loss_submit(struct tb_core *c, struct tb_tenant *who, struct tb_op *op,
+                   struct tb_ticket *out, bool *kept, struct tb_error *err)
 {
     int64_t seq = op->u.create_custom_loss.seq_id;
-    struct tb_core_session *s = tb_session_find(c, op->session_id);
+    struct tb_core_session *s;
     char id[TB_ID_BYTES];
-    if (!s)
-        return tb_error_set(err, TB_ENOTFOUND,
-                            "there is no live session '%s': it ended, or the server was restarted",
-                            op->session_id ? op->session_id : "");
+    int rc = tb_session_get(c, who, op->session_id, &s, err);
+    if (rc) return rc;
     if (seq < 0)
         return tb_error_set(err, TB_EINVAL, "custom_loss_seq_id must be a number from 0 on");
     tb_session_seen(s);
@@ -77,7 +75,7 @@ int tb_loss_submit(struct tb_core *c, struct tb_op *op, struct tb_ticket *out, b
     if (s->n_losses >= TB_MAX_SESSION_LOSSES)
         return tb_error_set(err, TB_EINVAL, "the session has %d custom losses, the most allowed",
                             TB_MAX_SESSION_LOSSES);
-    int rc = tb_core_admit(c, op, false, err);
+    rc = tb_core_admit(c, who, op, false, err);
     if (rc) return rc;
     *kept = true;
     struct tb_core_loss *l = tb_calloc(1, sizeof(*l));

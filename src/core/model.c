@@ -16,9 +16,11 @@
 #include "util/log.h"
 #include "util/mem.h"
 
-struct tb_core_model *tb_model_find(const struct tb_core *c, const char *id)
+struct tb_core_model *tb_model_find(const struct tb_core *c, const struct tb_tenant *who,
+                                    const char *id)
 {
-    return id ? tb_map_get(&c->model_map, id, strlen(id)) : NULL;
+    struct tb_core_model *m = id ? tb_map_get(&c->model_map, id, strlen(id)) : NULL;
+    return m && m->session->tenant == who ? m : NULL;
 }
 
 /* ---- the queue */
@@ -167,10 +169,10 @@ static void ticket(struct tb_ticket *out, const struct tb_future *f, const char 
     out->model_id = model_id;
 }
 
-int tb_model_submit(struct tb_core *c, struct tb_op *op, struct tb_ticket *out, bool *kept,
-                    struct tb_error *err)
+int tb_model_submit(struct tb_core *c, struct tb_tenant *who, struct tb_op *op,
+                    struct tb_ticket *out, bool *kept, struct tb_error *err)
 {
-    struct tb_core_model *m = tb_model_find(c, op->model_id);
+    struct tb_core_model *m = tb_model_find(c, who, op->model_id);
     if (!m)
         return tb_error_set(err, TB_ENOTFOUND,
                             "there is no live model '%s': its session ended, or the server was "
@@ -183,7 +185,7 @@ int tb_model_submit(struct tb_core *c, struct tb_op *op, struct tb_ticket *out, 
     if (op->seq_id < -1 || op->seq_id == 0)
         return tb_error_set(err, TB_EINVAL, "seq_id %lld: they begin at 1", (long long)op->seq_id);
     if (unnumbered) { /* the oldest SDK: order of arrival */
-        f = tb_future_by_key(c, m->id, op->idempotency_key);
+        f = tb_future_by_key(c, who, m->id, op->idempotency_key);
         if (f) {
             ticket(out, f, m->id);
             return 0;
@@ -199,7 +201,7 @@ int tb_model_submit(struct tb_core *c, struct tb_op *op, struct tb_ticket *out, 
         return 0;
     }
     bool in_turn = op->seq_id == m->next_seq && m->running == 0 && tb_list_empty(&m->ready);
-    int rc = tb_core_admit(c, op, in_turn, err);
+    int rc = tb_core_admit(c, who, op, in_turn, err);
     if (rc) return rc;
     *kept = true;
     f = tb_future_create(c, c->scratch, op, m->session);
@@ -230,9 +232,7 @@ static int check_create(struct tb_core *c, const struct tb_op *op, int *engine_m
 {
     const struct tb_create_model *p = &op->u.create_model;
     *engine_model = p->base_model ? tb_engine_model_find(c->engine, p->base_model) : -1;
-    if (*engine_model < 0)
-        return tb_error_set(err, TB_EINVAL, "base model '%s' is not served here",
-                            p->base_model ? p->base_model : "");
+    if (*engine_model < 0) return tb_core_no_base_model(c, TB_EINVAL, p->base_model, err);
     int rc = tb_model_check_lora(c, *engine_model, &p->lora, err);
     if (!rc && p->optimizer && strcmp(p->optimizer, "adamw"))
         rc =
@@ -261,6 +261,7 @@ static void put_run(struct tb_core_model *m)
 {
     int64_t now = tb_clock_wall_us();
     struct tb_run_row row = {.id = m->id,
+                             .tenant = m->session->tenant->name,
                              .session_id = m->session->id,
                              .base_model = m->base_model,
                              .lora = m->lora,
@@ -319,58 +320,57 @@ static void start_create(struct tb_future *f, int engine_model)
     tb_core_run(f, t, adapter_created);
 }
 
-/* The session that a creation belongs to. Clients before sessions existed get one each time. */
-static int create_session_for(struct tb_core *c, struct tb_op *op, struct tb_core_session **s,
-                              struct tb_error *err)
+/* The model's id, and in core->scratch that of its creation. */
+static void name_model(struct tb_core_session *s, int64_t seq, char id[TB_ID_BYTES])
 {
-    if (!op->session_id) {
-        *s = tb_session_create(c, NULL, true);
-        op->model_seq_id = 0;
-        return 0;
-    }
-    *s = tb_session_find(c, op->session_id);
-    if (!*s)
-        return tb_error_set(err, TB_ENOTFOUND,
-                            "there is no live session '%s': it ended, or the server was restarted",
-                            op->session_id);
-    if (op->model_seq_id < 0)
-        return tb_error_set(err, TB_EINVAL, "model_seq_id must be a number from 0 on");
-    return 0;
+    snprintf(id, TB_ID_BYTES, "%s:train:%lld", s->id, (long long)seq);
+    snprintf(s->core->scratch, TB_ID_BYTES, "%s:train:%lld:create", s->id, (long long)seq);
 }
 
-int tb_model_submit_create(struct tb_core *c, struct tb_op *op, struct tb_ticket *out, bool *kept,
-                           struct tb_error *err)
+/* The answer of the creation that has the id in c->scratch already; false: there is none. */
+static bool created_before(struct tb_core *c, struct tb_tenant *who, const char *model_id,
+                           struct tb_ticket *out)
+{
+    const struct tb_future *f = tb_future_find(c, c->scratch, strlen(c->scratch));
+    const struct tb_core_model *m = tb_model_find(c, who, model_id);
+    if (!f && !m) return false;
+    out->request_id = f ? f->id : c->scratch;
+    out->model_id = f ? f->op->model_id : m->id;
+    return true;
+}
+
+int tb_model_submit_create(struct tb_core *c, struct tb_tenant *who, struct tb_op *op,
+                           struct tb_ticket *out, bool *kept, struct tb_error *err)
 {
     bool load = op->type == TB_OP_LOAD_WEIGHTS, anonymous = !op->session_id;
-    int engine_model = -1;
-    struct tb_core_session *s;
+    int engine_model = -1, rc = 0;
+    struct tb_core_session *s = NULL;
     struct tb_future *f = NULL;
-    if (anonymous && (f = tb_future_by_key(c, "create", op->idempotency_key))) {
+    char id[TB_ID_BYTES];
+    if (anonymous && (f = tb_future_by_key(c, who, "create", op->idempotency_key))) {
         out->request_id = f->id;
         out->model_id = f->op->model_id;
         return 0;
     }
-    if (!load && !op->error.code) {
-        int rc = check_create(c, op, &engine_model, err);
-        if (rc) return rc;
-    }
-    int rc = tb_core_admit(c, op, false, err);
-    if (!rc) rc = create_session_for(c, op, &s, err);
+    if (!load && !op->error.code) rc = check_create(c, op, &engine_model, err);
+    if (!rc && !anonymous) rc = tb_session_get(c, who, op->session_id, &s, err);
+    if (!rc && !anonymous && op->model_seq_id < 0)
+        rc = tb_error_set(err, TB_EINVAL, "model_seq_id must be a number from 0 on");
     if (rc) return rc;
-    tb_session_seen(s);
-
-    char id[TB_ID_BYTES];
-    snprintf(id, sizeof(id), "%s:train:%lld", s->id, (long long)op->model_seq_id);
-    int n = snprintf(c->scratch, sizeof(c->scratch), "%s:create", id);
-    f = tb_future_find(c, c->scratch, (size_t)n);
-    struct tb_core_model *m = tb_model_find(c, id);
-    if (f || m) {
-        out->request_id = f ? f->id : c->scratch;
-        out->model_id = f ? f->op->model_id : m->id;
-        return 0;
+    if (s) {
+        tb_session_seen(s);
+        name_model(s, op->model_seq_id, id);
+        if (created_before(c, who, id, out)) return 0;
+    }
+    rc = tb_core_admit(c, who, op, false, err);
+    if (rc) return rc;
+    if (!s) { /* clients of before sessions get one for each model */
+        s = tb_session_create(c, who, NULL, true);
+        op->model_seq_id = 0;
+        name_model(s, 0, id);
     }
     *kept = true;
-    m = model_new(c, s, id);
+    struct tb_core_model *m = model_new(c, s, id);
     op->model_id = tb_arena_strdup(&op->arena, id);
     op->seq_id = 0;
     f = tb_future_create(c, c->scratch, op, s);
@@ -419,10 +419,10 @@ void tb_model_end(struct tb_core_model *m, const char *message)
     tb_model_maybe_free(m);
 }
 
-int tb_core_model_info(struct tb_core *c, const char *model_id, struct tb_model_answer *out,
-                       struct tb_error *err)
+int tb_core_model_info(struct tb_core *c, struct tb_tenant *who, const char *model_id,
+                       struct tb_model_answer *out, struct tb_error *err)
 {
-    struct tb_core_model *m = tb_model_find(c, model_id);
+    struct tb_core_model *m = tb_model_find(c, who, model_id);
     if (!m)
         return tb_error_set(err, TB_ENOTFOUND, "there is no live model '%s'",
                             model_id ? model_id : "");

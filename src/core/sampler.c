@@ -114,9 +114,10 @@ static void version_read(void *arg, const struct tb_error *err, const struct tb_
     tb_core_leave(c);
 }
 
-/* A version of the checkpoint that row describes, with a reference for the caller. */
-static struct tb_core_version *version_of(struct tb_core *c, const struct tb_ckpt_row *row,
-                                          int engine_model)
+/* A version of the checkpoint that row describes and reader may read, with a reference for the
+ * caller. */
+static struct tb_core_version *version_of(struct tb_core *c, const char *reader,
+                                          const struct tb_ckpt_row *row, int engine_model)
 {
     struct tb_core_version *v = tb_map_get(&c->versions, row->path, strlen(row->path));
     if (v && v->time_us == row->time_us) {
@@ -131,15 +132,17 @@ static struct tb_core_version *version_of(struct tb_core *c, const struct tb_ckp
     tb_map_put(&c->versions, v->path, strlen(v->path), v);
     v->refs++; /* of the load */
     c->n_async++;
-    tb_store_read_ckpt(c->store, v->path, false, version_read, v);
+    tb_store_read_ckpt(c->store, reader, v->path, false, version_read, v);
     return v;
 }
 
 /* ---- samplers */
 
-struct tb_core_sampler *tb_sampler_find(const struct tb_core *c, const char *id)
+struct tb_core_sampler *tb_sampler_find(const struct tb_core *c, const struct tb_tenant *who,
+                                        const char *id)
 {
-    return id ? tb_map_get(&c->sampler_map, id, strlen(id)) : NULL;
+    struct tb_core_sampler *sp = id ? tb_map_get(&c->sampler_map, id, strlen(id)) : NULL;
+    return sp && sp->session->tenant == who ? sp : NULL;
 }
 
 static struct tb_core_sampler *sampler_new(struct tb_core_session *s, const char *id)
@@ -162,13 +165,14 @@ static struct tb_core_sampler *sampler_new(struct tb_core_session *s, const char
 void tb_sampler_free_id(struct tb_core_session *s, int64_t n, char out[TB_ID_BYTES])
 {
     snprintf(out, TB_ID_BYTES, "%s:sample:%lld", s->id, (long long)n);
-    while (tb_sampler_find(s->core, out))
+    while (tb_sampler_find(s->core, s->tenant, out))
         snprintf(out, TB_ID_BYTES, "%s:sample:%lld", s->id, (long long)s->next_spare++);
 }
 
 static void sampler_put_row(const struct tb_core_sampler *sp)
 {
     struct tb_sampler_row row = {.id = sp->id,
+                                 .tenant = sp->session->tenant->name,
                                  .session_id = sp->session->id,
                                  .base_model = sp->base_model,
                                  .model_path = sp->model_path,
@@ -303,7 +307,7 @@ static void row_read(void *arg, const struct tb_error *err, const struct tb_ckpt
     if (e.code) {
         sampler_close(sp, &e);
     } else {
-        sp->version = version_of(c, row, engine_model);
+        sp->version = version_of(c, sp->session->tenant->name, row, engine_model);
         tb_list_push(&sp->version->samplers, &sp->in_version);
         sampler_open_base(sp, engine_model, row->base_model);
         sampler_pump(sp);
@@ -317,7 +321,7 @@ static void sampler_open_path(struct tb_core_sampler *sp, const char *path)
     sp->model_path = tb_strdup(path);
     sp->looking = true;
     sp->core->n_async++;
-    tb_store_get_ckpt(sp->core->store, path, row_read, sp);
+    tb_store_get_ckpt(sp->core->store, sp->session->tenant->name, path, row_read, sp);
 }
 
 static int check_address(struct tb_core *c, const char *base, const char *path, int *engine_model,
@@ -329,9 +333,7 @@ static int check_address(struct tb_core *c, const char *base, const char *path, 
                             "exactly one of base_model and model_path must be given");
     if (base) {
         *engine_model = tb_engine_model_find(c->engine, base);
-        return *engine_model >= 0
-                   ? 0
-                   : tb_error_set(err, TB_ENOTFOUND, "base model '%s' is not served here", base);
+        return *engine_model >= 0 ? 0 : tb_core_no_base_model(c, TB_ENOTFOUND, base, err);
     }
     struct tb_tinker_path p;
     int rc = tb_tinker_path_parse(path, strlen(path), &p, err);
@@ -341,22 +343,18 @@ static int check_address(struct tb_core *c, const char *base, const char *path, 
     return rc;
 }
 
-void tb_core_create_sampling_session(struct tb_core *c, const struct tb_sampling_session_params *p,
+void tb_core_create_sampling_session(struct tb_core *c, struct tb_tenant *who,
+                                     const struct tb_sampling_session_params *p,
                                      tb_core_sampler_cb cb, void *arg)
 {
     struct tb_error err = {0};
     int engine_model = -1;
-    struct tb_core_session *s = tb_session_find(c, p->session_id);
+    struct tb_core_session *s;
     if (c->closing)
         tb_error_set(&err, TB_EBUSY, "the server is stopping");
-    else if (!s)
-        tb_error_set(&err, TB_ENOTFOUND,
-                     "there is no live session '%s': it ended, or the server was restarted",
-                     p->session_id ? p->session_id : "");
-    else if (p->seq_id < 0)
+    else if (tb_session_get(c, who, p->session_id, &s, &err) == 0 && p->seq_id < 0)
         tb_error_set(&err, TB_EINVAL, "sampling_session_seq_id must be a number from 0 on");
-    else
-        check_address(c, p->base_model, p->model_path, &engine_model, &err);
+    if (!err.code) check_address(c, p->base_model, p->model_path, &engine_model, &err);
     if (err.code) {
         cb(arg, &err, NULL);
         return;
@@ -387,22 +385,24 @@ void tb_core_create_sampling_session(struct tb_core *c, const struct tb_sampling
 
 /* ---- samples addressed by base model or path alone (before sampling sessions existed) */
 
-static int sampler_by_address(struct tb_core *c, const struct tb_op *op,
+static int sampler_by_address(struct tb_core *c, struct tb_tenant *who, const struct tb_op *op,
                               struct tb_core_sampler **out, struct tb_error *err)
 {
     const struct tb_sample *q = &op->u.sample;
     int engine_model;
     int rc = check_address(c, q->base_model, q->model_path, &engine_model, err);
     if (rc) return rc;
-    const char *key = q->base_model ? q->base_model : q->model_path;
+    char *key = tb_tenant_scoped(who, q->base_model ? q->base_model : q->model_path);
     struct tb_core_sampler *sp = tb_map_get(&c->by_address, key, strlen(key));
-    if (!sp) {
-        if (!c->anonymous) c->anonymous = tb_session_create(c, NULL, true);
+    if (sp) {
+        tb_free(key);
+    } else {
+        if (!who->anonymous) who->anonymous = tb_session_create(c, who, NULL, true);
         char id[TB_ID_BYTES];
-        snprintf(id, sizeof(id), "%s:sample:%llu", c->anonymous->id,
+        snprintf(id, sizeof(id), "%s:sample:%llu", who->anonymous->id,
                  (unsigned long long)c->next_anonymous++);
-        sp = sampler_new(c->anonymous, id);
-        sp->key = tb_strdup(key);
+        sp = sampler_new(who->anonymous, id);
+        sp->key = key;
         tb_map_put(&c->by_address, sp->key, strlen(sp->key), sp);
         if (q->base_model)
             sampler_open_base(sp, engine_model, q->base_model);
@@ -415,18 +415,25 @@ static int sampler_by_address(struct tb_core *c, const struct tb_op *op,
 
 void tb_sampler_path_changed(struct tb_core *c, const char *path)
 {
-    struct tb_core_sampler *sp = tb_map_get(&c->by_address, path, strlen(path));
-    if (sp) sampler_unkey(sp); /* the tick ends it when it has been idle for a while */
+    TB_LIST_FOREACH (n, &c->tenants) { /* whoever samples from it */
+        char *key = tb_tenant_scoped(TB_LIST_ENTRY(n, struct tb_tenant, node), path);
+        struct tb_core_sampler *sp = tb_map_get(&c->by_address, key, strlen(key));
+        if (sp) sampler_unkey(sp); /* the tick ends it when it has been idle for a while */
+        tb_free(key);
+    }
 }
 
 void tb_samplers_tick(struct tb_core *c, uint64_t now_ms)
 {
-    if (!c->anonymous) return;
-    TB_LIST_FOREACH_SAFE (n, tmp, &c->anonymous->samplers) {
-        struct tb_core_sampler *sp = TB_LIST_ENTRY(n, struct tb_core_sampler, in_session);
-        bool idle = sp->n_pending == 0 && !sp->looking && now_ms > sp->used_ms &&
-                    now_ms - sp->used_ms > c->o.session_lease_ms;
-        if (idle) tb_sampler_end(sp, "it was not used for a while");
+    TB_LIST_FOREACH (t, &c->tenants) {
+        const struct tb_tenant *who = TB_LIST_ENTRY(t, struct tb_tenant, node);
+        if (!who->anonymous) continue;
+        TB_LIST_FOREACH_SAFE (n, tmp, &who->anonymous->samplers) {
+            struct tb_core_sampler *sp = TB_LIST_ENTRY(n, struct tb_core_sampler, in_session);
+            bool idle = sp->n_pending == 0 && !sp->looking && now_ms > sp->used_ms &&
+                        now_ms - sp->used_ms > c->o.session_lease_ms;
+            if (idle) tb_sampler_end(sp, "it was not used for a while");
+        }
     }
 }
 
@@ -482,25 +489,25 @@ static void next_label(struct tb_core_sampler *sp, struct tb_op *op)
     } while (tb_future_find(c, c->scratch, (size_t)n));
 }
 
-int tb_sampler_submit(struct tb_core *c, struct tb_op *op, struct tb_ticket *out, bool *kept,
-                      struct tb_error *err)
+int tb_sampler_submit(struct tb_core *c, struct tb_tenant *who, struct tb_op *op,
+                      struct tb_ticket *out, bool *kept, struct tb_error *err)
 {
     struct tb_core_sampler *sp;
     struct tb_future *f;
     if (op->sampling_session_id) {
-        sp = tb_sampler_find(c, op->sampling_session_id);
+        sp = tb_sampler_find(c, who, op->sampling_session_id);
         if (!sp)
             return tb_error_set(err, TB_ENOTFOUND,
                                 "there is no live sampling session '%s': its session ended, or the "
                                 "server was restarted",
                                 op->sampling_session_id);
     } else {
-        f = tb_future_by_key(c, "sample", op->idempotency_key);
+        f = tb_future_by_key(c, who, "sample", op->idempotency_key);
         if (f) {
             out->request_id = f->id;
             return 0;
         }
-        int rc = sampler_by_address(c, op, &sp, err);
+        int rc = sampler_by_address(c, who, op, &sp, err);
         if (rc) return rc;
     }
     tb_session_seen(sp->session);
@@ -514,7 +521,7 @@ int tb_sampler_submit(struct tb_core *c, struct tb_op *op, struct tb_ticket *out
             return 0;
         }
     }
-    int rc = tb_core_admit(c, op, false, err);
+    int rc = tb_core_admit(c, who, op, false, err);
     if (rc) return rc;
     if (unnumbered) next_label(sp, op);
     if (!op->u.sample.has_seed) {
@@ -522,7 +529,7 @@ int tb_sampler_submit(struct tb_core *c, struct tb_op *op, struct tb_ticket *out
         op->u.sample.seed = tb_random_u64();
     }
     *kept = true;
-    op->tenant = sp->session->tenant;
+    op->tenant = sp->session->share;
     f = tb_future_create(c, c->scratch, op, sp->session);
     if (!op->sampling_session_id) tb_future_set_key(f, "sample", op->idempotency_key);
     f->phase = TB_PHASE_READY;

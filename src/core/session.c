@@ -9,16 +9,17 @@
 #include "util/log.h"
 #include "util/mem.h"
 
-struct tb_core_session *tb_session_create(struct tb_core *c, const struct tb_session_params *p,
-                                          bool anonymous)
+struct tb_core_session *tb_session_create(struct tb_core *c, struct tb_tenant *who,
+                                          const struct tb_session_params *p, bool anonymous)
 {
     struct tb_core_session *s = tb_calloc(1, sizeof(*s));
     char random[TB_SESSION_ID_CHARS + 1];
     tb_random_id(random, TB_SESSION_ID_CHARS);
     s->core = c;
+    s->tenant = who;
     s->id = tb_asprintf("sess-%s", random);
     s->anonymous = anonymous;
-    s->tenant = ++c->next_tenant;
+    s->share = ++c->next_share;
     s->lease_ms = c->o.session_lease_ms;
     if (anonymous && __builtin_mul_overflow(s->lease_ms, TB_ANON_LEASE_FACTOR, &s->lease_ms))
         s->lease_ms = UINT64_MAX;
@@ -31,12 +32,13 @@ struct tb_core_session *tb_session_create(struct tb_core *c, const struct tb_ses
     tb_list_push(&c->sessions, &s->node);
     tb_map_put(&c->session_map, s->id, strlen(s->id), s);
     if (p && p->idempotency_key) {
-        s->idem = tb_strdup(p->idempotency_key);
+        s->idem = tb_tenant_scoped(who, p->idempotency_key);
         tb_map_put(&c->session_keys, s->idem, strlen(s->idem), s);
     }
     c->stats.sessions++;
     int64_t now = tb_clock_wall_us();
     struct tb_session_row row = {.id = s->id,
+                                 .tenant = who->name,
                                  .tags_json = p ? p->tags_json : NULL,
                                  .user_metadata_json = p ? p->user_metadata_json : NULL,
                                  .sdk_version = p ? p->sdk_version : NULL,
@@ -49,16 +51,19 @@ struct tb_core_session *tb_session_create(struct tb_core *c, const struct tb_ses
     return s;
 }
 
-int tb_core_create_session(struct tb_core *c, const struct tb_session_params *p, const char **id,
-                           struct tb_error *err)
+int tb_core_create_session(struct tb_core *c, struct tb_tenant *who,
+                           const struct tb_session_params *p, const char **id, struct tb_error *err)
 {
     if (c->closing) return tb_error_set(err, TB_EBUSY, "the server is stopping");
     struct tb_core_session *s = NULL;
-    if (p->idempotency_key)
-        s = tb_map_get(&c->session_keys, p->idempotency_key, strlen(p->idempotency_key));
+    if (p->idempotency_key) {
+        char *key = tb_tenant_scoped(who, p->idempotency_key);
+        s = tb_map_get(&c->session_keys, key, strlen(key));
+        tb_free(key);
+    }
     if (!s) {
-        s = tb_session_create(c, p, false);
-        tb_log(TB_LOG_INFO, "core", "session id=%s sdk=%s", s->id,
+        s = tb_session_create(c, who, p, false);
+        tb_log(TB_LOG_INFO, "core", "session id=%s tenant=%s sdk=%s", s->id, who->name,
                p->sdk_version ? p->sdk_version : "-");
     }
     tb_session_seen(s);
@@ -66,15 +71,28 @@ int tb_core_create_session(struct tb_core *c, const struct tb_session_params *p,
     return 0;
 }
 
-static struct tb_core_session *find_any(const struct tb_core *c, const char *id)
+static struct tb_core_session *find_any(const struct tb_core *c, const struct tb_tenant *who,
+                                        const char *id)
 {
-    return id ? tb_map_get(&c->session_map, id, strlen(id)) : NULL;
+    struct tb_core_session *s = id ? tb_map_get(&c->session_map, id, strlen(id)) : NULL;
+    return s && s->tenant == who ? s : NULL;
 }
 
-struct tb_core_session *tb_session_find(const struct tb_core *c, const char *id)
+struct tb_core_session *tb_session_find(const struct tb_core *c, const struct tb_tenant *who,
+                                        const char *id)
 {
-    struct tb_core_session *s = find_any(c, id);
+    struct tb_core_session *s = find_any(c, who, id);
     return s && !s->ended ? s : NULL;
+}
+
+int tb_session_get(const struct tb_core *c, const struct tb_tenant *who, const char *id,
+                   struct tb_core_session **out, struct tb_error *err)
+{
+    *out = tb_session_find(c, who, id);
+    if (*out) return 0;
+    return tb_error_set(err, TB_ENOTFOUND,
+                        "there is no live session '%s': it ended, or the server was restarted",
+                        id ? id : "");
 }
 
 bool tb_session_id_well_formed(const char *id, size_t n)
@@ -94,9 +112,10 @@ void tb_session_seen(struct tb_core_session *s)
     s->seen_ms = tb_clock_ms();
 }
 
-int tb_core_heartbeat(struct tb_core *c, const char *session_id, struct tb_error *err)
+int tb_core_heartbeat(struct tb_core *c, struct tb_tenant *who, const char *session_id,
+                      struct tb_error *err)
 {
-    struct tb_core_session *s = tb_session_find(c, session_id);
+    struct tb_core_session *s = tb_session_find(c, who, session_id);
     if (!s)
         return tb_error_set(err, TB_EGONE, "session '%s' has ended or is not known to this server",
                             session_id ? session_id : "");
@@ -113,7 +132,7 @@ void tb_session_end(struct tb_core_session *s, const char *status, const char *r
     s->ended = true;
     s->ended_ms = tb_clock_ms();
     c->stats.sessions--;
-    if (s == c->anonymous) c->anonymous = NULL;
+    if (s == s->tenant->anonymous) s->tenant->anonymous = NULL;
     if (s->idem) tb_map_del(&c->session_keys, s->idem, strlen(s->idem));
     tb_store_end_session(c->store, s->id, status, reason, detail);
     tb_log(TB_LOG_INFO, "core", "session id=%s ended: %s", s->id, message);
@@ -138,10 +157,10 @@ void tb_session_end(struct tb_core_session *s, const char *status, const char *r
     tb_losses_end(s);
 }
 
-int tb_core_finish_session(struct tb_core *c, const char *session_id, const char *reason,
-                           const char *detail, struct tb_error *err)
+int tb_core_finish_session(struct tb_core *c, struct tb_tenant *who, const char *session_id,
+                           const char *reason, const char *detail, struct tb_error *err)
 {
-    struct tb_core_session *s = find_any(c, session_id);
+    struct tb_core_session *s = find_any(c, who, session_id);
     /* not in memory, but an id of ours: it ended with a restart, or long ago */
     if (!s && session_id && tb_session_id_well_formed(session_id, strlen(session_id))) return 0;
     if (!s)
@@ -188,7 +207,7 @@ void tb_sessions_tick(struct tb_core *c, uint64_t now_ms)
             if (idle && now_ms - s->ended_ms > c->o.result_unread_ttl_ms) tb_session_destroy(s);
             continue;
         }
-        if (s == c->anonymous || now_ms < s->seen_ms || now_ms - s->seen_ms <= s->lease_ms)
+        if (s == s->tenant->anonymous || now_ms < s->seen_ms || now_ms - s->seen_ms <= s->lease_ms)
             continue;
         fail_stuck(s);
         if (s->n_pending == 0)

@@ -76,6 +76,7 @@ static void exported(struct tb_future *f, struct tb_task *t)
     const struct tb_save_weights *p = &f->op->u.save_weights;
     struct tb_ckpt_write w = {
         .run_id = m->id,
+        .tenant = f->session->tenant->name,
         .name = p->name,
         .kind = kind_of(f->op),
         .overwrite = p->overwrite,
@@ -162,6 +163,12 @@ void tb_weights_publish(struct tb_future *f)
 
 /* ---- load */
 
+static const char *reader_of(const struct tb_future *f)
+{
+    const char *reader = f->op->u.load_weights.reader;
+    return reader ? reader : f->session->tenant->name;
+}
+
 static int check_load(const struct tb_op *op, struct tb_error *e)
 {
     const struct tb_load_weights *p = &op->u.load_weights;
@@ -232,7 +239,7 @@ void tb_weights_load(struct tb_future *f)
         return;
     }
     f->core->n_async++;
-    tb_store_read_ckpt(f->core->store, p->path, p->optimizer, read_for_load, f);
+    tb_store_read_ckpt(f->core->store, reader_of(f), p->path, p->optimizer, read_for_load, f);
 }
 
 static void new_loaded(struct tb_future *f, struct tb_task *t)
@@ -286,7 +293,7 @@ void tb_weights_load_new(struct tb_future *f)
         return;
     }
     f->core->n_async++;
-    tb_store_read_ckpt(f->core->store, p->path, p->optimizer, read_for_new, f);
+    tb_store_read_ckpt(f->core->store, reader_of(f), p->path, p->optimizer, read_for_new, f);
 }
 
 /* ---- unload */

@@ -56,6 +56,7 @@ struct tb_http_request {
     void (*on_abort)(
         struct tb_http_request *req); /* client gone or server closing before the answer */
     void *user;
+    void *client; /* who asks, when it is known */
 
     struct tb_http_conn *conn; /* private to http/; NULL for in-process calls */
     void *internal;            /* private to http/ */

@@ -122,6 +122,8 @@ struct tb_save_weights { /* the three saves */
 
 struct tb_load_weights {
     const char *path;           /* tinker://run/kind/name */
+    const char *access_token;   /* a key that may read it, or NULL */
+    const char *reader;         /* who that is: the face's to fill in; NULL: the model's owner */
     bool optimizer;             /* restore moments too */
     const char *base_model;     /* create-via-load only, may be NULL */
     const char *optimizer_type; /* NULL or "adamw"; only legal without `optimizer` */

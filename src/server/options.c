@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "api/api.h"
 #include "util/limits.h"
 #include "util/mem.h"
 
@@ -114,14 +115,70 @@ static int set_listen(struct tb_cli *c, const char *name, const char *text, stru
 
 static int set_key(struct tb_cli *c, const char *name, const char *text, struct tb_error *err)
 {
+    struct tb_span key, tenant;
     if (c->options.n_api_keys == TB_MAX_API_KEYS)
         return tb_error_set(err, TB_EINVAL, "%s: at most %d keys", name, TB_MAX_API_KEYS);
-    if (strncmp(text, "tml-", 4) != 0 || !text[4])
-        return tb_error_set(err, TB_EINVAL,
-                            "%s: a key must begin with tml-, else the SDKs refuse to send it",
-                            name);
+    if (tb_api_key_split(text, &key, &tenant, err)) return tb_error_prefix(err, "%s", name);
     c->options.api_keys[c->options.n_api_keys++] = text;
     return 0;
+}
+
+/* One KEY[=TENANT] a line; empty lines and those that begin with # say nothing. */
+static int set_key_file(struct tb_cli *c, const char *name, const char *text, struct tb_error *err)
+{
+    enum { MAX = 1 << 20 };
+    if (c->key_file) return tb_error_set(err, TB_EINVAL, "%s: only one file", name);
+    FILE *f = fopen(text, "re");
+    if (!f)
+        return tb_error_set(err, TB_EINVAL, "%s %s: cannot be opened: %s", name, text,
+                            strerror(errno));
+    c->key_file = tb_malloc(MAX + 1);
+    size_t n = fread(c->key_file, 1, MAX, f);
+    bool bad = ferror(f) || n == MAX || memchr(c->key_file, '\0', n);
+    fclose(f);
+    if (bad)
+        return tb_error_set(err, TB_EINVAL, "%s %s: cannot be read as lines of text", name, text);
+    c->key_file[n] = '\0';
+    int number = 0, before = c->options.n_api_keys;
+    char *line, *rest = c->key_file;
+    while ((line = strsep(&rest, "\n"))) {
+        number++;
+        line += strspn(line, " \t\r");
+        for (size_t len = strlen(line); len && isspace((unsigned char)line[len - 1]);)
+            line[--len] = '\0';
+        if (!*line || *line == '#') continue;
+        if (set_key(c, name, line, err)) return tb_error_prefix(err, "line %d of %s", number, text);
+    }
+    if (c->options.n_api_keys == before)
+        return tb_error_set(err, TB_EINVAL, "%s %s: there is no key in it", name, text);
+    return 0;
+}
+
+/* N or N:BURST */
+static int set_tenant_rate(struct tb_cli *c, const char *name, const char *text,
+                           struct tb_error *err)
+{
+    const uint64_t most = 1000000;
+    tb_options_t *o = &c->options;
+    char rate[32];
+    const char *colon = strchr(text, ':');
+    size_t n = colon ? (size_t)(colon - text) : strlen(text);
+    snprintf(rate, sizeof(rate), "%.*s", (int)n, text);
+    int rc = parse_u64(name, rate, 1, most, false, &o->tenant_rate, err);
+    if (!rc && colon) rc = parse_u64(name, colon + 1, 1, most, false, &o->tenant_burst, err);
+    return rc;
+}
+
+static int set_tenant_queue(struct tb_cli *c, const char *name, const char *text,
+                            struct tb_error *err)
+{
+    return parse_u64(name, text, 1024, 1ull << 50, true, &c->options.tenant_queue, err);
+}
+
+static int set_tenant_pending(struct tb_cli *c, const char *name, const char *text,
+                              struct tb_error *err)
+{
+    return parse_u64(name, text, 1, 1ull << 32, false, &c->options.tenant_pending, err);
 }
 
 static int set_data(struct tb_cli *c, const char *name, const char *text, struct tb_error *err)
@@ -221,9 +278,19 @@ static const struct option_row {
      "address to listen on (default 127.0.0.1:8000); port 0 takes a free one"},
     {"--data", "DIR", set_data,
      "metadata and checkpoints; created when missing (default ./tinkerbell-data)"},
-    {"--api-key", "KEY", set_key,
-     "accept this key (tml-…); may be repeated. Without one, any key is accepted on\n"
-     "loopback, and other addresses are refused"},
+    {"--api-key", "KEY[=TENANT]", set_key,
+     "accept this key (tml-…); may be repeated. Keys of one TENANT (default: \"default\") share\n"
+     "what they make, and see nothing of others'. Without a key, any is accepted on loopback,\n"
+     "and other addresses are refused"},
+    {"--api-key-file", "FILE", set_key_file,
+     "keys that ps should not show: one KEY[=TENANT] a line, # begins a comment"},
+    {"--tenant-rate", "N[:BURST]", set_tenant_rate,
+     "submits a second that each tenant may make, and how many at once (default: no limit;\n"
+     "BURST: N)"},
+    {"--tenant-queue", "BYTES", set_tenant_queue,
+     "size of a tenant's requests that have no result yet (default: no limit)"},
+    {"--tenant-pending", "N", set_tenant_pending,
+     "number of a tenant's requests that have no result yet (default: no limit)"},
     {"--no-auth", NULL, set_no_auth,
      "listen beyond loopback without a key: behind a proxy that checks them"},
     {"--backend", "auto|cpu|cuda", set_backend, "device (default auto)"},
@@ -328,6 +395,8 @@ void tb_cli_fini(struct tb_cli *c)
         tb_free(copy);
     }
     c->options.n_models = 0;
+    tb_free(c->key_file);
+    c->key_file = NULL;
 }
 
 void tb_cli_help(FILE *f, bool serve)

@@ -1,8 +1,9 @@
 /*
  * The daemon's command line: one table of options that parsing and --help share.
  *
- * Owner: strings point into argv or into static storage; model specs are split in place in copies
- * that tb_cli_fini frees. Thread: main, before the loop runs.
+ * Owner: strings point into argv or into static storage; model specs are split in place in copies,
+ * and keys of a file are in its contents, both freed by tb_cli_fini. Thread: main, before the loop
+ * runs.
  */
 #ifndef TB_SERVER_OPTIONS_H
 #define TB_SERVER_OPTIONS_H
@@ -22,7 +23,8 @@ struct tb_cli {
     tb_options_t options;
     char host[256];
     int port;
-    bool no_auth; /* listen beyond loopback without a key */
+    char *key_file; /* contents; keys point into it */
+    bool no_auth;   /* listen beyond loopback without a key */
     enum tb_log_level log_level;
 };
 

@@ -134,7 +134,11 @@ static int create_api(tb_server_t *s, const tb_options_t *o, struct tb_error *er
     if (o->n_api_keys < 0 || o->n_api_keys > TB_MAX_API_KEYS)
         return tb_error_set(err, TB_EINVAL, "%d API keys given; at most %d are accepted",
                             o->n_api_keys, TB_MAX_API_KEYS);
-    s->call_key = o->n_api_keys ? keep(s, o->api_keys[0]) : NULL;
+    struct tb_span key, tenant;
+    if (o->n_api_keys) { /* calls of the host are made with the first */
+        if (tb_api_key_split(o->api_keys[0], &key, &tenant, err)) return err->code;
+        s->call_key = tb_arena_strndup(&s->strings, key.p, key.n);
+    }
     struct tb_api_options ao = {.api_keys = o->api_keys,
                                 .n_api_keys = o->n_api_keys,
                                 .public_url = o->public_url,
@@ -175,7 +179,11 @@ int tb_server_create(tb_server_t **out, uv_loop_t *loop, const tb_options_t *o,
     if ((rc = tb_store_open(&s->store, loop, o->data_dir, &err))) goto fail;
     if ((rc = create_engine(s, o, &err))) goto fail;
     struct tb_core_options co = {.long_poll_ms = o->long_poll_ms,
-                                 .session_lease_ms = o->session_lease_ms};
+                                 .session_lease_ms = o->session_lease_ms,
+                                 .tenant_rate = o->tenant_rate,
+                                 .tenant_burst = o->tenant_burst,
+                                 .tenant_queued_bytes = o->tenant_queue,
+                                 .tenant_pending = o->tenant_pending};
     if ((rc = tb_core_create(&s->core, loop, s->engine, s->store, &co, &err))) goto fail;
     if ((rc = create_api(s, o, &err))) goto fail;
     struct tb_http_options ho = {.max_body = (size_t)o->max_body};

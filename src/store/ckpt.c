@@ -17,18 +17,24 @@
 #include "util/log.h"
 #include "util/mem.h"
 
-static int not_found(struct tb_job *j)
+/* The live row of j->path into j->ckpt, or j->err. To change one, one must own it. */
+static int find_readable(struct tb_store *s, struct tb_job *j)
 {
-    return tb_error_set(&j->err, TB_ENOTFOUND, "there is no checkpoint %s", j->id);
+    return tb_ckpt_find_live(s, &j->arena, &j->path, j->tenant, true, &j->ckpt, &j->err);
 }
 
-/* The live row of j->path into j->ckpt, or j->err. */
-static int find_live(struct tb_store *s, struct tb_job *j)
+static int find_own(struct tb_store *s, struct tb_job *j)
 {
-    int rc = tb_ckpt_find_row(s, &j->arena, &j->path, &j->ckpt, &j->found, &j->err);
-    if (rc) return rc;
-    if (j->found && tb_ckpt_expired(&j->ckpt, tb_clock_wall_us())) j->found = false;
-    return j->found ? 0 : not_found(j);
+    return tb_ckpt_find_live(s, &j->arena, &j->path, j->tenant, false, &j->ckpt, &j->err);
+}
+
+static struct tb_job *job_of_path(const char *tenant, const char *path,
+                                  void (*work)(struct tb_store *s, struct tb_job *j),
+                                  void (*done)(struct tb_job *j))
+{
+    struct tb_job *j = tb_job_of(tenant, NULL, work, done);
+    tb_job_path(j, path);
+    return j;
 }
 
 static void done_ckpt(struct tb_job *j)
@@ -143,16 +149,14 @@ static void fill_row(struct tb_job *j, int64_t now)
     struct tb_ckpt_row *r = &j->ckpt;
     r->run_id = j->write.run_id;
     r->name = j->write.name;
+    r->tenant = j->write.tenant;
     r->kind = j->write.kind;
     r->base_model = tb_arena_strdup(&j->arena, st->base_model ? st->base_model : "");
     r->lora = st->lora;
     r->has_optimizer = r->kind == TB_CKPT_TRAINING && st->m && st->v;
     r->step = st->step;
     r->time_us = now;
-    int64_t us;
-    if (j->write.ttl_seconds > 0 && !__builtin_mul_overflow(j->write.ttl_seconds, 1000000, &us) &&
-        !__builtin_add_overflow(us, now, &us))
-        r->expires_us = us;
+    r->expires_us = tb_ckpt_expiry(now, j->write.ttl_seconds);
     r->user_metadata_json = j->write.user_metadata_json;
     r->path = j->id;
 }
@@ -188,6 +192,7 @@ void tb_store_write_ckpt(struct tb_store *s, const struct tb_ckpt_write *w,
     j->write = *w;
     j->write.run_id = tb_job_dup(j, w->run_id);
     j->write.name = tb_job_dup(j, w->name);
+    j->write.tenant = tb_job_dup(j, w->tenant);
     j->write.user_metadata_json = tb_job_dup(j, w->user_metadata_json);
     j->write.model_dir = tb_job_dup(j, w->model_dir);
     if (tb_ckpt_name_check(w->name, &j->err) == 0) {
@@ -208,7 +213,7 @@ static void work_read(struct tb_store *s, struct tb_job *j)
                      "%s holds external weights, which can be downloaded but not loaded", j->id);
         return;
     }
-    if (find_live(s, j)) return;
+    if (find_readable(s, j)) return;
     if (j->flag && !j->ckpt.has_optimizer) {
         tb_error_set(&j->err, TB_EINVAL,
                      "%s was saved without optimizer state; load it without the optimizer", j->id);
@@ -226,11 +231,11 @@ static void done_read(struct tb_job *j)
     j->cb.state(j->arg, &j->err, j->err.code ? NULL : &j->ckpt, st);
 }
 
-void tb_store_read_ckpt(struct tb_store *s, const char *path, bool with_optimizer,
-                        tb_store_state_cb cb, void *arg)
+void tb_store_read_ckpt(struct tb_store *s, const char *tenant, const char *path,
+                        bool with_optimizer, tb_store_state_cb cb, void *arg)
 {
-    struct tb_job *j = tb_job_create(work_read, done_read, false);
-    tb_job_path(j, path);
+    struct tb_job *j = job_of_path(tenant, path, work_read, done_read);
+    j->small = false;
     j->flag = with_optimizer;
     j->cb.state = cb;
     j->arg = arg;
@@ -239,13 +244,13 @@ void tb_store_read_ckpt(struct tb_store *s, const char *path, bool with_optimize
 
 static void work_get(struct tb_store *s, struct tb_job *j)
 {
-    find_live(s, j);
+    find_readable(s, j);
 }
 
-void tb_store_get_ckpt(struct tb_store *s, const char *path, tb_store_ckpt_cb cb, void *arg)
+void tb_store_get_ckpt(struct tb_store *s, const char *tenant, const char *path,
+                       tb_store_ckpt_cb cb, void *arg)
 {
-    struct tb_job *j = tb_job_create(work_get, done_ckpt, true);
-    tb_job_path(j, path);
+    struct tb_job *j = job_of_path(tenant, path, work_get, done_ckpt);
     j->cb.ckpt = cb;
     j->arg = arg;
     tb_job_submit(s, j);
@@ -271,13 +276,14 @@ static int delete_one(struct tb_store *s, const struct tb_tinker_path *p, struct
 
 static void work_delete(struct tb_store *s, struct tb_job *j)
 {
-    if (find_live(s, j) == 0) delete_one(s, &j->path, &j->err);
+    if (find_own(s, j) == 0) delete_one(s, &j->path, &j->err);
 }
 
-void tb_store_delete_ckpt(struct tb_store *s, const char *path, tb_store_done_cb cb, void *arg)
+void tb_store_delete_ckpt(struct tb_store *s, const char *tenant, const char *path,
+                          tb_store_done_cb cb, void *arg)
 {
-    struct tb_job *j = tb_job_create(work_delete, tb_job_done_plain, false);
-    tb_job_path(j, path);
+    struct tb_job *j = job_of_path(tenant, path, work_delete, tb_job_done_plain);
+    j->small = false;
     j->cb.done = cb;
     j->arg = arg;
     tb_job_submit(s, j);
@@ -285,7 +291,7 @@ void tb_store_delete_ckpt(struct tb_store *s, const char *path, tb_store_done_cb
 
 static void set_column(struct tb_store *s, struct tb_job *j, enum tb_sql q, int64_t value)
 {
-    if (find_live(s, j)) return;
+    if (find_own(s, j)) return;
     sqlite3_stmt *st = tb_sql_get(s, q, &j->err);
     if (!st) return;
     tb_sql_text(st, 1, j->path.run);
@@ -300,11 +306,10 @@ static void work_publish(struct tb_store *s, struct tb_job *j)
     set_column(s, j, TB_SQL_PUBLISH_CKPT, j->flag);
 }
 
-void tb_store_publish_ckpt(struct tb_store *s, const char *path, bool is_public,
+void tb_store_publish_ckpt(struct tb_store *s, const char *tenant, const char *path, bool is_public,
                            tb_store_done_cb cb, void *arg)
 {
-    struct tb_job *j = tb_job_create(work_publish, tb_job_done_plain, true);
-    tb_job_path(j, path);
+    struct tb_job *j = job_of_path(tenant, path, work_publish, tb_job_done_plain);
     j->flag = is_public;
     j->cb.done = cb;
     j->arg = arg;
@@ -313,18 +318,13 @@ void tb_store_publish_ckpt(struct tb_store *s, const char *path, bool is_public,
 
 static void work_ttl(struct tb_store *s, struct tb_job *j)
 {
-    int64_t us = 0;
-    if (j->number > 0 && (__builtin_mul_overflow(j->number, 1000000, &us) ||
-                          __builtin_add_overflow(us, tb_clock_wall_us(), &us)))
-        us = 0; /* beyond the end of the calendar: never */
-    set_column(s, j, TB_SQL_TTL_CKPT, us);
+    set_column(s, j, TB_SQL_TTL_CKPT, tb_ckpt_expiry(tb_clock_wall_us(), j->number));
 }
 
-void tb_store_set_ckpt_ttl(struct tb_store *s, const char *path, int64_t ttl_seconds,
-                           tb_store_done_cb cb, void *arg)
+void tb_store_set_ckpt_ttl(struct tb_store *s, const char *tenant, const char *path,
+                           int64_t ttl_seconds, tb_store_done_cb cb, void *arg)
 {
-    struct tb_job *j = tb_job_create(work_ttl, tb_job_done_plain, true);
-    tb_job_path(j, path);
+    struct tb_job *j = job_of_path(tenant, path, work_ttl, tb_job_done_plain);
     if (!j->err.code && ttl_seconds < 0)
         tb_error_set(&j->err, TB_EINVAL, "ttl_seconds must not be negative");
     j->number = ttl_seconds;
@@ -333,6 +333,9 @@ void tb_store_set_ckpt_ttl(struct tb_store *s, const char *path, int64_t ttl_sec
     tb_job_submit(s, j);
 }
 
+/* At most so many at once, as other jobs wait behind it. */
+enum { SWEEP = 1000 };
+
 static void work_sweep(struct tb_store *s, struct tb_job *j)
 {
     struct tb_tinker_path *list = NULL;
@@ -340,6 +343,7 @@ static void work_sweep(struct tb_store *s, struct tb_job *j)
     sqlite3_stmt *st = tb_sql_get(s, TB_SQL_EXPIRED_CKPTS, &j->err);
     if (!st) return;
     sqlite3_bind_int64(st, 1, tb_clock_wall_us());
+    sqlite3_bind_int64(st, 2, SWEEP);
     while (tb_sql_row(s, st, &j->err) == 1) {
         if (n == cap) list = tb_realloc(list, (cap = cap ? cap * 2 : 16) * sizeof(*list));
         struct tb_tinker_path *p = &list[n++];
@@ -357,11 +361,21 @@ static void work_sweep(struct tb_store *s, struct tb_job *j)
         }
     }
     tb_free(list);
+    j->flag = n == SWEEP && !j->err.code;
+}
+
+static void done_sweep(struct tb_job *j)
+{
+    tb_job_done_plain(j);
+    struct tb_store *s = j->arg;
+    if (j->flag && !s->closing) tb_store_sweep(s);
 }
 
 void tb_store_sweep(struct tb_store *s)
 {
-    tb_job_submit(s, tb_job_create(work_sweep, tb_job_done_plain, false));
+    struct tb_job *j = tb_job_create(work_sweep, done_sweep, false);
+    j->arg = s;
+    tb_job_submit(s, j);
 }
 
 int tb_store_ckpt_dir(const struct tb_store *s, const char *path, char *out, size_t n,
@@ -386,12 +400,11 @@ static int count_ckpts(struct tb_store *s, struct tb_job *j, int64_t now)
     sqlite3_stmt *st = tb_sql_get(s, q, &j->err);
     if (!st) return j->err.code;
     sqlite3_bind_int64(st, 1, now);
-    if (j->id) tb_sql_text(st, 2, j->id);
+    tb_sql_text(st, 2, j->id ? j->id : j->tenant);
     int rc = tb_sql_row(s, st, &j->err);
     if (rc == 1) {
         j->ckpts.page.total = sqlite3_column_int64(st, 0);
-        sqlite3_reset(st);
-        sqlite3_clear_bindings(st);
+        tb_sql_reset(st);
         rc = 0;
     }
     return rc;
@@ -402,11 +415,11 @@ static int run_exists(struct tb_store *s, struct tb_job *j)
     sqlite3_stmt *st = tb_sql_get(s, TB_SQL_GET_RUN, &j->err);
     if (!st) return j->err.code;
     tb_sql_text(st, 1, j->id);
+    tb_sql_text(st, 2, j->tenant);
     int rc = tb_sql_row(s, st, &j->err);
     if (rc < 0) return rc;
     if (rc == 0) return tb_error_set(&j->err, TB_ENOTFOUND, "there is no training run '%s'", j->id);
-    sqlite3_reset(st);
-    sqlite3_clear_bindings(st);
+    tb_sql_reset(st);
     return 0;
 }
 
@@ -421,7 +434,7 @@ static void work_list(struct tb_store *s, struct tb_job *j)
     sqlite3_bind_int64(st, 1, now);
     sqlite3_bind_int64(st, 2, j->limit ? j->limit : -1);
     sqlite3_bind_int64(st, 3, j->offset);
-    if (j->id) tb_sql_text(st, 4, j->id);
+    tb_sql_text(st, 4, j->id ? j->id : j->tenant);
     struct tb_ckpt_row *rows = NULL;
     size_t n = 0, cap = 0;
     int rc;
@@ -445,11 +458,10 @@ static void done_list(struct tb_job *j)
     j->cb.ckpts(j->arg, &j->err, &j->ckpts);
 }
 
-void tb_store_list_ckpts(struct tb_store *s, const char *run_id, int64_t offset, int64_t limit,
-                         tb_store_ckpts_cb cb, void *arg)
+void tb_store_list_ckpts(struct tb_store *s, const char *tenant, const char *run_id, int64_t offset,
+                         int64_t limit, tb_store_ckpts_cb cb, void *arg)
 {
-    struct tb_job *j = tb_job_create(work_list, done_list, true);
-    j->id = tb_job_dup(j, run_id);
+    struct tb_job *j = tb_job_of(tenant, run_id, work_list, done_list);
     j->offset = TB_MAX(offset, 0);
     j->limit = TB_MAX(limit, 0);
     j->cb.ckpts = cb;

@@ -170,8 +170,8 @@ static int write_description(const char *dir, const char *write_id, const struct
     char seed[24];
     snprintf(seed, sizeof(seed), "%llu", (unsigned long long)row->lora.seed);
     json_t *o = json_pack(
-        "{s:i, s:s, s:s, s:s, s:s, s:s, s:i, s:f, s:o, s:b, s:b, s:b, s:o, s:I, s:I, s:I, s:o, s:o}",
-        "format", FORMAT, "write_id", write_id, "run", row->run_id, "kind",
+        "{s:i, s:s, s:s, s:s, s:s, s:s, s:s, s:i, s:f, s:o, s:b, s:b, s:b, s:o, s:I, s:I, s:I, s:o, s:o}",
+        "format", FORMAT, "write_id", write_id, "tenant", row->tenant, "run", row->run_id, "kind",
         tb_ckpt_kind_dir(row->kind), "name", row->name, "base_model", row->base_model, "rank",
         row->lora.rank, "alpha", (double)row->lora.alpha, "seed",
         row->lora.has_seed ? json_string(seed) : json_null(), "train_attn", row->lora.train_attn,
@@ -318,6 +318,7 @@ static bool row_from_json(json_t *o, struct tb_arena *a, struct tb_ckpt_row *r)
     r->lora.has_seed = seed != NULL;
     if (seed && !tb_span_u64(tb_span_str(seed), &r->lora.seed)) return false;
     r->has_optimizer = json_is_string(json_object_get(o, "optimizer"));
+    if (!get_text(o, a, "tenant", &r->tenant)) r->tenant = TB_TENANT_DEFAULT;
     const json_t *meta = json_object_get(o, "user_metadata");
     if (json_is_object(meta)) {
         char *text = json_dumps(meta, JSON_COMPACT | JSON_PRESERVE_ORDER);

@@ -11,6 +11,15 @@ bool tb_ckpt_expired(const struct tb_ckpt_row *row, int64_t now_us)
     return row->expires_us > 0 && row->expires_us <= now_us;
 }
 
+int64_t tb_ckpt_expiry(int64_t now_us, int64_t ttl_seconds)
+{
+    int64_t us;
+    if (ttl_seconds <= 0 || __builtin_mul_overflow(ttl_seconds, 1000000, &us) ||
+        __builtin_add_overflow(us, now_us, &us))
+        return 0;
+    return us;
+}
+
 void tb_ckpt_from_row(struct tb_arena *a, sqlite3_stmt *st, struct tb_ckpt_row *r)
 {
     r->run_id = tb_sql_str(a, st, 0);
@@ -25,6 +34,7 @@ void tb_ckpt_from_row(struct tb_arena *a, sqlite3_stmt *st, struct tb_ckpt_row *
     r->expires_us = sqlite3_column_int64(st, 15);
     r->is_public = sqlite3_column_int(st, 16) != 0;
     r->user_metadata_json = tb_sql_str(a, st, 17);
+    r->tenant = tb_sql_str(a, st, 18);
     r->path =
         tb_arena_printf(a, "tinker://%s/%s/%s", r->run_id, tb_ckpt_kind_dir(r->kind), r->name);
 }
@@ -45,6 +55,7 @@ int tb_ckpt_put_row(struct tb_store *s, const struct tb_ckpt_row *r, struct tb_e
     sqlite3_bind_int64(st, 16, r->expires_us);
     sqlite3_bind_int(st, 17, r->is_public);
     tb_sql_text(st, 18, r->user_metadata_json);
+    tb_sql_text(st, 19, r->tenant);
     return tb_sql_run(s, st, err);
 }
 
@@ -76,8 +87,21 @@ int tb_ckpt_find_row(struct tb_store *s, struct tb_arena *a, const struct tb_tin
     if (rc == 1) {
         tb_ckpt_from_row(a, st, out);
         *found = true;
-        sqlite3_reset(st);
-        sqlite3_clear_bindings(st);
+        tb_sql_reset(st);
     }
     return 0;
+}
+
+int tb_ckpt_find_live(struct tb_store *s, struct tb_arena *a, const struct tb_tinker_path *p,
+                      const char *tenant, bool shared, struct tb_ckpt_row *out,
+                      struct tb_error *err)
+{
+    bool found;
+    int rc = tb_ckpt_find_row(s, a, p, out, &found, err);
+    if (rc) return rc;
+    if (found && !tb_ckpt_expired(out, tb_clock_wall_us()) &&
+        (strcmp(out->tenant, tenant) == 0 || (shared && out->is_public)))
+        return 0;
+    return tb_error_set(err, TB_ENOTFOUND, "there is no checkpoint tinker://%s/%s/%s", p->run,
+                        tb_ckpt_kind_dir(p->kind), p->name);
 }

@@ -52,34 +52,23 @@ int tb_link_or_copy(const char *from, const char *to, struct tb_error *err)
     return copy_bytes(from, to, err);
 }
 
-/* The copy's rows; a repeat of the request finds what the first one made. */
+/* The copy's row; a repeat of the request finds what the first one made. */
 static int prepare(struct tb_store *s, struct tb_job *j, const struct tb_tinker_path *to,
                    bool *there)
 {
-    struct tb_ckpt_row src, old;
-    bool found = false;
-    int64_t now = tb_clock_wall_us(), us;
-    *there = false;
-    int rc = tb_ckpt_find_row(s, &j->arena, to, &old, &found, &j->err);
+    const struct tb_ckpt_copy *c = &j->copy;
+    struct tb_error none = {0};
+    *there = tb_ckpt_find_live(s, &j->arena, to, c->tenant, false, &j->ckpt, &none) == 0;
+    if (*there) return 0;
+    if (none.code != TB_ENOTFOUND) return tb_error_set(&j->err, none.code, "%s", none.msg);
+    int rc = tb_ckpt_find_live(s, &j->arena, &j->path, c->reader, true, &j->ckpt, &j->err);
     if (rc) return rc;
-    if (found && !tb_ckpt_expired(&old, now)) {
-        j->ckpt = old;
-        *there = true;
-        return 0;
-    }
-    rc = tb_ckpt_find_row(s, &j->arena, &j->path, &src, &found, &j->err);
-    if (rc) return rc;
-    if (!found || tb_ckpt_expired(&src, now))
-        return tb_error_set(&j->err, TB_ENOTFOUND, "there is no checkpoint %s", j->id);
-    j->ckpt = src;
-    j->ckpt.run_id = j->text[0];
-    j->ckpt.path = j->text[1];
-    j->ckpt.time_us = now;
+    j->ckpt.run_id = c->run_id;
+    j->ckpt.tenant = c->tenant;
+    j->ckpt.path = j->text[0];
+    j->ckpt.time_us = tb_clock_wall_us();
     j->ckpt.is_public = false;
-    j->ckpt.expires_us = 0;
-    if (j->number > 0 && !__builtin_mul_overflow(j->number, 1000000, &us) &&
-        !__builtin_add_overflow(us, now, &us))
-        j->ckpt.expires_us = us;
+    j->ckpt.expires_us = tb_ckpt_expiry(j->ckpt.time_us, c->ttl_seconds);
     return 0;
 }
 
@@ -88,14 +77,15 @@ static void work_copy(struct tb_store *s, struct tb_job *j)
     char write_id[TB_WRITE_ID + 1];
     bool there;
     struct tb_tinker_path to = j->path;
-    snprintf(to.run, sizeof(to.run), "%s", j->text[0]);
-    j->text[1] =
+    snprintf(to.run, sizeof(to.run), "%s", j->copy.run_id);
+    j->text[0] =
         tb_arena_printf(&j->arena, "tinker://%s/%s/%s", to.run, tb_ckpt_kind_dir(to.kind), to.name);
     struct tb_tinker_path parsed;
-    if (tb_tinker_path_parse(j->text[1], strlen(j->text[1]), &parsed, &j->err)) return;
+    if (tb_tinker_path_parse(j->text[0], strlen(j->text[0]), &parsed, &j->err)) return;
     if (prepare(s, j, &to, &there) || there) return;
     struct tb_run_row run = {.id = to.run,
-                             .session_id = j->text[2],
+                             .tenant = j->copy.tenant,
+                             .session_id = j->copy.session_id,
                              .base_model = j->ckpt.base_model,
                              .lora = j->ckpt.lora,
                              .created_us = j->ckpt.time_us,
@@ -119,14 +109,16 @@ static void done_copy(struct tb_job *j)
     j->cb.ckpt(j->arg, &j->err, j->err.code ? NULL : &j->ckpt);
 }
 
-void tb_store_copy_ckpt(struct tb_store *s, const char *path, const char *run_id,
-                        const char *session_id, int64_t ttl_seconds, tb_store_ckpt_cb cb, void *arg)
+void tb_store_copy_ckpt(struct tb_store *s, const struct tb_ckpt_copy *copy, tb_store_ckpt_cb cb,
+                        void *arg)
 {
     struct tb_job *j = tb_job_create(work_copy, done_copy, false);
-    tb_job_path(j, path);
-    j->text[0] = tb_job_dup(j, run_id);
-    j->text[2] = tb_job_dup(j, session_id);
-    j->number = ttl_seconds;
+    tb_job_path(j, copy->path);
+    j->copy = (struct tb_ckpt_copy){.reader = tb_job_dup(j, copy->reader),
+                                    .tenant = tb_job_dup(j, copy->tenant),
+                                    .run_id = tb_job_dup(j, copy->run_id),
+                                    .session_id = tb_job_dup(j, copy->session_id),
+                                    .ttl_seconds = copy->ttl_seconds};
     j->cb.ckpt = cb;
     j->arg = arg;
     tb_job_submit(s, j);

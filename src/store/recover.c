@@ -58,6 +58,7 @@ static int gather(struct tb_store *s, enum tb_sql q, struct key **out, size_t *n
 static int adopt(struct tb_store *s, const struct tb_ckpt_row *row, struct tb_error *err)
 {
     struct tb_run_row run = {.id = row->run_id,
+                             .tenant = row->tenant,
                              .base_model = row->base_model,
                              .lora = row->lora,
                              .created_us = row->time_us,

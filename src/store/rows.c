@@ -20,17 +20,45 @@ static void *grow(struct tb_arena *a, void *rows, int32_t n, int32_t *cap, size_
     return p;
 }
 
-static int count(struct tb_store *s, enum tb_sql q, int64_t *out, struct tb_error *err)
+/* Fills the page's total; `project` NULL: of all. */
+static int count(struct tb_store *s, struct tb_job *j, enum tb_sql q, const char *project,
+                 struct tb_page *page)
 {
-    sqlite3_stmt *st = tb_sql_get(s, q, err);
-    if (!st) return err->code;
-    int rc = tb_sql_row(s, st, err);
+    sqlite3_stmt *st = tb_sql_get(s, q, &j->err);
+    if (!st) return j->err.code;
+    tb_sql_text(st, 1, j->tenant);
+    if (project) tb_sql_text(st, 2, project);
+    int rc = tb_sql_row(s, st, &j->err);
     if (rc < 0) return rc;
     if (rc == 1) {
-        *out = sqlite3_column_int64(st, 0);
-        sqlite3_reset(st);
+        page->total = sqlite3_column_int64(st, 0);
+        tb_sql_reset(st);
     }
     return 0;
+}
+
+/* The statement of a list, for one page of the tenant's rows. */
+static sqlite3_stmt *list_stmt(struct tb_store *s, struct tb_job *j, enum tb_sql q,
+                               struct tb_page *page)
+{
+    sqlite3_stmt *st = tb_sql_get(s, q, &j->err);
+    page->offset = j->offset;
+    page->limit = j->limit;
+    if (!st) return NULL;
+    sqlite3_bind_int64(st, 1, j->limit);
+    sqlite3_bind_int64(st, 2, j->offset);
+    tb_sql_text(st, 3, j->tenant);
+    return st;
+}
+
+/* The statement of one of the tenant's rows. */
+static sqlite3_stmt *get_stmt(struct tb_store *s, struct tb_job *j, enum tb_sql q)
+{
+    sqlite3_stmt *st = tb_sql_get(s, q, &j->err);
+    if (!st) return NULL;
+    tb_sql_text(st, 1, j->id);
+    tb_sql_text(st, 2, j->tenant);
+    return st;
 }
 
 /* ---- sessions */
@@ -51,6 +79,7 @@ static void work_put_session(struct tb_store *s, struct tb_job *j)
     tb_sql_text(st, 9, r->status ? r->status : "active");
     tb_sql_text(st, 10, r->finish_reason);
     tb_sql_text(st, 11, r->finish_detail);
+    tb_sql_text(st, 12, r->tenant);
     tb_sql_run(s, st, &j->err);
 }
 
@@ -60,6 +89,7 @@ void tb_store_put_session(struct tb_store *s, const struct tb_session_row *row)
     struct tb_session_row *r = &j->session;
     *r = *row;
     r->id = tb_job_dup(j, row->id);
+    r->tenant = tb_job_dup(j, row->tenant);
     r->tags_json = tb_job_dup(j, row->tags_json ? row->tags_json : "[]");
     r->user_metadata_json = tb_job_dup(j, row->user_metadata_json ? row->user_metadata_json : "{}");
     r->sdk_version = tb_job_dup(j, row->sdk_version);
@@ -100,15 +130,15 @@ static void work_set_project(struct tb_store *s, struct tb_job *j)
     if (!st) return;
     tb_sql_text(st, 1, j->id);
     tb_sql_text(st, 2, j->text[0]);
+    tb_sql_text(st, 3, j->tenant);
     if (tb_sql_run(s, st, &j->err) == 0 && sqlite3_changes(s->db) == 0)
         tb_error_set(&j->err, TB_ENOTFOUND, "there is no session '%s'", j->id);
 }
 
-void tb_store_set_session_project(struct tb_store *s, const char *id, const char *project,
-                                  tb_store_done_cb cb, void *arg)
+void tb_store_set_session_project(struct tb_store *s, const char *tenant, const char *id,
+                                  const char *project, tb_store_done_cb cb, void *arg)
 {
-    struct tb_job *j = tb_job_create(work_set_project, tb_job_done_plain, true);
-    j->id = tb_job_dup(j, id);
+    struct tb_job *j = tb_job_of(tenant, id, work_set_project, tb_job_done_plain);
     j->text[0] = tb_job_dup(j, project);
     j->cb.done = cb;
     j->arg = arg;
@@ -128,6 +158,7 @@ void tb_session_from_row(struct tb_arena *a, sqlite3_stmt *st, struct tb_session
     r->status = tb_sql_str(a, st, 8);
     r->finish_reason = tb_sql_str(a, st, 9);
     r->finish_detail = tb_sql_str(a, st, 10);
+    r->tenant = tb_sql_str(a, st, 11);
 }
 
 static int gather_sessions(struct tb_store *s, struct tb_job *j, sqlite3_stmt *st)
@@ -152,19 +183,14 @@ static void done_sessions(struct tb_job *j)
 static void work_list_sessions(struct tb_store *s, struct tb_job *j)
 {
     struct tb_page *p = &j->sessions.page;
-    p->offset = j->offset;
-    p->limit = j->limit;
-    sqlite3_stmt *st = tb_sql_get(s, TB_SQL_LIST_SESSIONS, &j->err);
-    if (!st) return;
-    sqlite3_bind_int64(st, 1, j->limit);
-    sqlite3_bind_int64(st, 2, j->offset);
-    if (gather_sessions(s, j, st) == 0) count(s, TB_SQL_COUNT_SESSIONS, &p->total, &j->err);
+    sqlite3_stmt *st = list_stmt(s, j, TB_SQL_LIST_SESSIONS, p);
+    if (st && gather_sessions(s, j, st) == 0) count(s, j, TB_SQL_COUNT_SESSIONS, NULL, p);
 }
 
-void tb_store_list_sessions(struct tb_store *s, int64_t offset, int64_t limit,
+void tb_store_list_sessions(struct tb_store *s, const char *tenant, int64_t offset, int64_t limit,
                             tb_store_sessions_cb cb, void *arg)
 {
-    struct tb_job *j = tb_job_create(work_list_sessions, done_sessions, true);
+    struct tb_job *j = tb_job_of(tenant, NULL, work_list_sessions, done_sessions);
     j->offset = TB_MAX(offset, 0);
     j->limit = TB_MAX(limit, 0);
     j->cb.sessions = cb;
@@ -193,10 +219,8 @@ static void work_get_session(struct tb_store *s, struct tb_job *j)
 {
     struct tb_session_list *l = &j->sessions;
     l->page = (struct tb_page){0, 1, 0};
-    sqlite3_stmt *st = tb_sql_get(s, TB_SQL_GET_SESSION, &j->err);
-    if (!st) return;
-    tb_sql_text(st, 1, j->id);
-    if (gather_sessions(s, j, st)) return;
+    sqlite3_stmt *st = get_stmt(s, j, TB_SQL_GET_SESSION);
+    if (!st || gather_sessions(s, j, st)) return;
     l->page.total = l->n;
     if (l->n == 0) {
         tb_error_set(&j->err, TB_ENOTFOUND, "there is no session '%s'", j->id);
@@ -206,10 +230,10 @@ static void work_get_session(struct tb_store *s, struct tb_job *j)
     gather_ids(s, j, TB_SQL_SESSION_SAMPLERS, &l->n_samplers, &l->sampler_ids);
 }
 
-void tb_store_get_session(struct tb_store *s, const char *id, tb_store_sessions_cb cb, void *arg)
+void tb_store_get_session(struct tb_store *s, const char *tenant, const char *id,
+                          tb_store_sessions_cb cb, void *arg)
 {
-    struct tb_job *j = tb_job_create(work_get_session, done_sessions, true);
-    j->id = tb_job_dup(j, id);
+    struct tb_job *j = tb_job_of(tenant, id, work_get_session, done_sessions);
     j->cb.sessions = cb;
     j->arg = arg;
     tb_job_submit(s, j);
@@ -251,7 +275,8 @@ int tb_run_put(struct tb_store *s, const struct tb_run_row *r, bool only_new, st
     sqlite3_bind_int64(st, 12, r->created_us);
     sqlite3_bind_int64(st, 13, r->last_request_us);
     sqlite3_bind_int(st, 14, r->corrupted);
-    sqlite3_bind_int(st, 15, only_new);
+    tb_sql_text(st, 15, r->tenant);
+    sqlite3_bind_int(st, 16, only_new);
     return tb_sql_run(s, st, err);
 }
 
@@ -265,6 +290,7 @@ void tb_store_put_run(struct tb_store *s, const struct tb_run_row *row)
     struct tb_job *j = tb_job_create(work_put_run, tb_job_done_plain, true);
     j->run = *row;
     j->run.id = tb_job_dup(j, row->id);
+    j->run.tenant = tb_job_dup(j, row->tenant);
     j->run.session_id = tb_job_dup(j, row->session_id);
     j->run.base_model = tb_job_dup(j, row->base_model);
     j->run.user_metadata_json = tb_job_dup(j, row->user_metadata_json);
@@ -281,6 +307,7 @@ static void run_from_row(struct tb_arena *a, sqlite3_stmt *st, struct tb_run_row
     r->created_us = sqlite3_column_int64(st, 11);
     r->last_request_us = sqlite3_column_int64(st, 12);
     r->corrupted = sqlite3_column_int(st, 13) != 0;
+    r->tenant = tb_sql_str(a, st, 14);
 }
 
 static int last_ckpt(struct tb_store *s, struct tb_job *j, const char *run, enum tb_ckpt_kind kind,
@@ -296,8 +323,7 @@ static int last_ckpt(struct tb_store *s, struct tb_job *j, const char *run, enum
         struct tb_ckpt_row *r = tb_arena_calloc(&j->arena, 1, sizeof(*r));
         tb_ckpt_from_row(&j->arena, st, r);
         *out = r;
-        sqlite3_reset(st);
-        sqlite3_clear_bindings(st);
+        tb_sql_reset(st);
         rc = 0;
     }
     return rc;
@@ -336,19 +362,19 @@ static void done_runs(struct tb_job *j)
 static void work_list_runs(struct tb_store *s, struct tb_job *j)
 {
     struct tb_page *p = &j->runs.page;
-    p->offset = j->offset;
-    p->limit = j->limit;
-    sqlite3_stmt *st = tb_sql_get(s, TB_SQL_LIST_RUNS, &j->err);
+    const char *project = j->text[0];
+    sqlite3_stmt *st = list_stmt(s, j, project ? TB_SQL_LIST_PROJECT_RUNS : TB_SQL_LIST_RUNS, p);
     if (!st) return;
-    sqlite3_bind_int64(st, 1, j->limit);
-    sqlite3_bind_int64(st, 2, j->offset);
-    if (gather_runs(s, j, st) == 0) count(s, TB_SQL_COUNT_RUNS, &p->total, &j->err);
+    if (project) tb_sql_text(st, 4, project);
+    if (gather_runs(s, j, st) == 0)
+        count(s, j, project ? TB_SQL_COUNT_PROJECT_RUNS : TB_SQL_COUNT_RUNS, project, p);
 }
 
-void tb_store_list_runs(struct tb_store *s, int64_t offset, int64_t limit, tb_store_runs_cb cb,
-                        void *arg)
+void tb_store_list_runs(struct tb_store *s, const char *tenant, const char *project, int64_t offset,
+                        int64_t limit, tb_store_runs_cb cb, void *arg)
 {
-    struct tb_job *j = tb_job_create(work_list_runs, done_runs, true);
+    struct tb_job *j = tb_job_of(tenant, NULL, work_list_runs, done_runs);
+    j->text[0] = tb_job_dup(j, project);
     j->offset = TB_MAX(offset, 0);
     j->limit = TB_MAX(limit, 0);
     j->cb.runs = cb;
@@ -359,18 +385,16 @@ void tb_store_list_runs(struct tb_store *s, int64_t offset, int64_t limit, tb_st
 static void work_get_run(struct tb_store *s, struct tb_job *j)
 {
     j->runs.page = (struct tb_page){0, 1, 0};
-    sqlite3_stmt *st = tb_sql_get(s, TB_SQL_GET_RUN, &j->err);
-    if (!st) return;
-    tb_sql_text(st, 1, j->id);
-    if (gather_runs(s, j, st)) return;
+    sqlite3_stmt *st = get_stmt(s, j, TB_SQL_GET_RUN);
+    if (!st || gather_runs(s, j, st)) return;
     j->runs.page.total = j->runs.n;
     if (j->runs.n == 0) tb_error_set(&j->err, TB_ENOTFOUND, "there is no training run '%s'", j->id);
 }
 
-void tb_store_get_run(struct tb_store *s, const char *id, tb_store_runs_cb cb, void *arg)
+void tb_store_get_run(struct tb_store *s, const char *tenant, const char *id, tb_store_runs_cb cb,
+                      void *arg)
 {
-    struct tb_job *j = tb_job_create(work_get_run, done_runs, true);
-    j->id = tb_job_dup(j, id);
+    struct tb_job *j = tb_job_of(tenant, id, work_get_run, done_runs);
     j->cb.runs = cb;
     j->arg = arg;
     tb_job_submit(s, j);
@@ -388,6 +412,7 @@ static void work_put_sampler(struct tb_store *s, struct tb_job *j)
     tb_sql_text(st, 3, r->base_model);
     tb_sql_text(st, 4, r->model_path);
     sqlite3_bind_int64(st, 5, r->created_us);
+    tb_sql_text(st, 6, r->tenant);
     tb_sql_run(s, st, &j->err);
 }
 
@@ -395,6 +420,7 @@ void tb_store_put_sampler(struct tb_store *s, const struct tb_sampler_row *row)
 {
     struct tb_job *j = tb_job_create(work_put_sampler, tb_job_done_plain, true);
     j->sampler.id = tb_job_dup(j, row->id);
+    j->sampler.tenant = tb_job_dup(j, row->tenant);
     j->sampler.session_id = tb_job_dup(j, row->session_id);
     j->sampler.base_model = tb_job_dup(j, row->base_model);
     j->sampler.model_path = tb_job_dup(j, row->model_path);
@@ -404,9 +430,8 @@ void tb_store_put_sampler(struct tb_store *s, const struct tb_sampler_row *row)
 
 static void work_get_sampler(struct tb_store *s, struct tb_job *j)
 {
-    sqlite3_stmt *st = tb_sql_get(s, TB_SQL_GET_SAMPLER, &j->err);
+    sqlite3_stmt *st = get_stmt(s, j, TB_SQL_GET_SAMPLER);
     if (!st) return;
-    tb_sql_text(st, 1, j->id);
     int rc = tb_sql_row(s, st, &j->err);
     if (rc < 0) return;
     if (rc == 0) {
@@ -419,8 +444,8 @@ static void work_get_sampler(struct tb_store *s, struct tb_job *j)
     r->base_model = tb_sql_str(&j->arena, st, 2);
     r->model_path = tb_sql_str(&j->arena, st, 3);
     r->created_us = sqlite3_column_int64(st, 4);
-    sqlite3_reset(st);
-    sqlite3_clear_bindings(st);
+    r->tenant = j->tenant;
+    tb_sql_reset(st);
     j->found = true;
 }
 
@@ -429,10 +454,10 @@ static void done_sampler(struct tb_job *j)
     j->cb.sampler(j->arg, &j->err, j->found ? &j->sampler : NULL);
 }
 
-void tb_store_get_sampler(struct tb_store *s, const char *id, tb_store_sampler_cb cb, void *arg)
+void tb_store_get_sampler(struct tb_store *s, const char *tenant, const char *id,
+                          tb_store_sampler_cb cb, void *arg)
 {
-    struct tb_job *j = tb_job_create(work_get_sampler, done_sampler, true);
-    j->id = tb_job_dup(j, id);
+    struct tb_job *j = tb_job_of(tenant, id, work_get_sampler, done_sampler);
     j->cb.sampler = cb;
     j->arg = arg;
     tb_job_submit(s, j);

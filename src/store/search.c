@@ -76,8 +76,7 @@ static int count_ckpts(struct tb_store *s, struct tb_session_summary *r, struct 
     if (rc == 1) {
         r->n_ckpts = sqlite3_column_int64(st, 0);
         r->ckpt_bytes = sqlite3_column_int64(st, 1);
-        sqlite3_reset(st);
-        sqlite3_clear_bindings(st);
+        tb_sql_reset(st);
     }
     return 0;
 }
@@ -94,6 +93,7 @@ static void work_search(struct tb_store *s, struct tb_job *j)
         tb_arena_calloc(&j->arena, (size_t)q->limit + 1, sizeof(*rows));
     sqlite3_bind_int64(st, 1, q->before_id ? q->before_us : INT64_MAX);
     tb_sql_text(st, 2, q->before_id ? q->before_id : "");
+    tb_sql_text(st, 3, q->tenant);
     int rc;
     while ((rc = tb_sql_row(s, st, &j->err)) == 1) {
         struct tb_session_row r;
@@ -101,8 +101,7 @@ static void work_search(struct tb_store *s, struct tb_job *j)
         if (!matches(&r, q, metadata)) continue;
         if (out->n == q->limit) {
             out->more = true;
-            sqlite3_reset(st);
-            sqlite3_clear_bindings(st);
+            tb_sql_reset(st);
             rc = 0;
             break;
         }
@@ -133,6 +132,7 @@ void tb_store_search_sessions(struct tb_store *s, const struct tb_session_query 
     struct tb_job *j = tb_job_create(work_search, done_search, true);
     struct tb_session_query *k = tb_arena_calloc(&j->arena, 1, sizeof(*k));
     *k = *q;
+    k->tenant = tb_job_dup(j, q->tenant);
     k->session_id = tb_job_dup(j, q->session_id);
     k->display_name = tb_job_dup(j, q->display_name);
     k->user_metadata_json = tb_job_dup(j, q->user_metadata_json);

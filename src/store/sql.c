@@ -7,9 +7,9 @@
 #include "store/store_internal.h"
 #include "util/mem.h"
 
-#define SCHEMA_VERSION 1
-
-static const char schema[] =
+/* Steps of the schema: a database of version n gets those from n on, a new one all. What has been
+ * released is never changed; a new version is one step more. */
+static const char *const steps[] = {
     "CREATE TABLE sessions(id TEXT PRIMARY KEY, tags TEXT, user_metadata TEXT, sdk_version TEXT,"
     " project_id TEXT, display_name TEXT, created_us INTEGER NOT NULL, last_seen_us INTEGER,"
     " status TEXT NOT NULL, finish_reason TEXT, finish_detail TEXT);"
@@ -37,70 +37,94 @@ static const char schema[] =
     /* folders about to be moved into place: recovery looks here first */
     "CREATE TABLE pending(write_id TEXT PRIMARY KEY, run_id TEXT, kind INTEGER, name TEXT,"
     " tmp TEXT);"
-    "PRAGMA user_version = 1;";
+    "PRAGMA user_version = 1;",
+    /* tenants: what was there belongs to the default one */
+    "ALTER TABLE sessions ADD COLUMN tenant TEXT NOT NULL DEFAULT '" TB_TENANT_DEFAULT "';"
+    "ALTER TABLE runs ADD COLUMN tenant TEXT NOT NULL DEFAULT '" TB_TENANT_DEFAULT "';"
+    "ALTER TABLE samplers ADD COLUMN tenant TEXT NOT NULL DEFAULT '" TB_TENANT_DEFAULT "';"
+    "ALTER TABLE checkpoints ADD COLUMN tenant TEXT NOT NULL DEFAULT '" TB_TENANT_DEFAULT "';"
+    "DROP INDEX sessions_time; DROP INDEX runs_time; DROP INDEX ckpts_time;"
+    "CREATE INDEX sessions_tenant ON sessions(tenant, created_us);"
+    "CREATE INDEX runs_tenant ON runs(tenant, created_us);"
+    "CREATE INDEX ckpts_tenant ON checkpoints(tenant, time_us, expires_us);"
+    "PRAGMA user_version = 2;",
+};
 
 #define LIVE "(expires_us = 0 OR expires_us > ?1)"
 #define RUN_COLUMNS                                                                                \
     "id, session_id, base_model, rank, alpha, has_seed, seed, train_attn, train_mlp, "             \
-    "train_unembed, user_metadata, created_us, last_request_us, corrupted"
+    "train_unembed, user_metadata, created_us, last_request_us, corrupted, tenant"
 #define SESSION_COLUMNS                                                                            \
     "id, tags, user_metadata, sdk_version, project_id, display_name, created_us, last_seen_us, "   \
-    "status, finish_reason, finish_detail"
+    "status, finish_reason, finish_detail, tenant"
+/* a run is in its session's project */
+#define RUN_PROJECT "COALESCE((SELECT project_id FROM sessions WHERE id = session_id), 'default')"
 
 static const char *const texts[TB_SQL_N] = {
     [TB_SQL_PUT_SESSION] = "INSERT OR REPLACE INTO sessions(" SESSION_COLUMNS
-                           ") VALUES(?1,?2,?3,?4,?5,?6,?7,?8,?9,?10,?11)",
+                           ") VALUES(?1,?2,?3,?4,?5,?6,?7,?8,?9,?10,?11,?12)",
     [TB_SQL_END_SESSION] =
         "UPDATE sessions SET status = ?2, finish_reason = ?3, finish_detail = ?4,"
         " last_seen_us = ?5 WHERE id = ?1 AND status = 'active'",
-    [TB_SQL_SET_PROJECT] = "UPDATE sessions SET project_id = ?2 WHERE id = ?1",
+    [TB_SQL_SET_PROJECT] = "UPDATE sessions SET project_id = ?2 WHERE id = ?1 AND tenant = ?3",
     [TB_SQL_LIST_SESSIONS] = "SELECT " SESSION_COLUMNS " FROM sessions"
+                             " WHERE tenant = ?3"
                              " ORDER BY created_us DESC, rowid DESC LIMIT ?1 OFFSET ?2",
-    [TB_SQL_GET_SESSION] = "SELECT " SESSION_COLUMNS " FROM sessions WHERE id = ?1",
-    [TB_SQL_COUNT_SESSIONS] = "SELECT COUNT(*) FROM sessions",
+    [TB_SQL_GET_SESSION] = "SELECT " SESSION_COLUMNS " FROM sessions"
+                           " WHERE id = ?1 AND tenant = ?2",
+    [TB_SQL_COUNT_SESSIONS] = "SELECT COUNT(*) FROM sessions WHERE tenant = ?1",
     [TB_SQL_SESSION_RUNS] = "SELECT id FROM runs WHERE session_id = ?1 ORDER BY created_us, rowid",
     [TB_SQL_SESSION_SAMPLERS] =
         "SELECT id FROM samplers WHERE session_id = ?1 ORDER BY created_us, rowid",
     [TB_SQL_SEARCH_SESSIONS] = "SELECT " SESSION_COLUMNS " FROM sessions"
-                               " WHERE created_us <= ?1 AND (created_us < ?1 OR id < ?2)"
+                               " WHERE tenant = ?3 AND created_us <= ?1"
+                               " AND (created_us < ?1 OR id < ?2)"
                                " ORDER BY created_us DESC, id DESC",
     [TB_SQL_SESSION_CKPTS] = "SELECT COUNT(*), COALESCE(SUM(c.size_bytes), 0) FROM runs r"
                              " JOIN checkpoints c ON c.run_id = r.id WHERE r.session_id = ?1",
     [TB_SQL_PUT_RUN] =
-        "INSERT INTO runs(" RUN_COLUMNS ") VALUES(?1,?2,?3,?4,?5,?6,?7,?8,?9,?10,?11,?12,?13,?14)"
+        "INSERT INTO runs(" RUN_COLUMNS ") VALUES(?1,?2,?3,?4,?5,?6,?7,?8,?9,?10,?11,?12,?13,?14,"
+        "?15)"
         " ON CONFLICT(id) DO UPDATE SET session_id = ?2, base_model = ?3, rank = ?4,"
         " alpha = ?5, has_seed = ?6, seed = ?7, train_attn = ?8, train_mlp = ?9,"
         " train_unembed = ?10, user_metadata = ?11, last_request_us = ?13,"
-        " corrupted = ?14 WHERE ?15 = 0",
+        " corrupted = ?14 WHERE ?16 = 0",
     [TB_SQL_TOUCH_RUN] =
         "UPDATE runs SET last_request_us = ?2 WHERE id = ?1 AND last_request_us < ?2",
-    [TB_SQL_LIST_RUNS] = "SELECT " RUN_COLUMNS " FROM runs"
+    [TB_SQL_LIST_RUNS] = "SELECT " RUN_COLUMNS " FROM runs WHERE tenant = ?3"
                          " ORDER BY created_us DESC, rowid DESC LIMIT ?1 OFFSET ?2",
-    [TB_SQL_GET_RUN] = "SELECT " RUN_COLUMNS " FROM runs WHERE id = ?1",
-    [TB_SQL_COUNT_RUNS] = "SELECT COUNT(*) FROM runs",
+    [TB_SQL_LIST_PROJECT_RUNS] = "SELECT " RUN_COLUMNS " FROM runs WHERE tenant = ?3"
+                                 " AND " RUN_PROJECT " = ?4"
+                                 " ORDER BY created_us DESC, rowid DESC LIMIT ?1 OFFSET ?2",
+    [TB_SQL_GET_RUN] = "SELECT " RUN_COLUMNS " FROM runs WHERE id = ?1 AND tenant = ?2",
+    [TB_SQL_COUNT_RUNS] = "SELECT COUNT(*) FROM runs WHERE tenant = ?1",
+    [TB_SQL_COUNT_PROJECT_RUNS] =
+        "SELECT COUNT(*) FROM runs WHERE tenant = ?1 AND " RUN_PROJECT " = ?2",
     [TB_SQL_PUT_SAMPLER] = "INSERT OR REPLACE INTO samplers(id, session_id, base_model, model_path,"
-                           " created_us) VALUES(?1,?2,?3,?4,?5)",
+                           " created_us, tenant) VALUES(?1,?2,?3,?4,?5,?6)",
     [TB_SQL_GET_SAMPLER] = "SELECT id, session_id, base_model, model_path, created_us FROM samplers"
-                           " WHERE id = ?1",
+                           " WHERE id = ?1 AND tenant = ?2",
     [TB_SQL_PUT_CKPT] = "INSERT INTO checkpoints(" TB_CKPT_COLUMNS
-                        ") VALUES(?1,?2,?3,?4,?5,?6,?7,?8,?9,?10,?11,?12,?13,?14,?15,?16,?17,?18)"
+                        ") VALUES(?1,?2,?3,?4,?5,?6,?7,?8,?9,?10,?11,?12,?13,?14,?15,?16,?17,?18,"
+                        "?19)"
                         " ON CONFLICT(run_id, kind, name) DO UPDATE SET base_model = ?4, rank = ?5,"
                         " alpha = ?6, has_seed = ?7, seed = ?8, train_attn = ?9, train_mlp = ?10,"
                         " train_unembed = ?11, has_optimizer = ?12, step = ?13, time_us = ?14,"
-                        " size_bytes = ?15, expires_us = ?16, public = ?17, user_metadata = ?18",
+                        " size_bytes = ?15, expires_us = ?16, public = ?17, user_metadata = ?18,"
+                        " tenant = ?19",
     [TB_SQL_GET_CKPT] = "SELECT " TB_CKPT_COLUMNS " FROM checkpoints"
                         " WHERE run_id = ?1 AND kind = ?2 AND name = ?3",
     [TB_SQL_LAST_CKPT] =
         "SELECT " TB_CKPT_COLUMNS " FROM checkpoints WHERE run_id = ?2 AND kind = ?3"
         " AND " LIVE " ORDER BY time_us DESC, expires_us DESC, rowid DESC LIMIT 1",
-    [TB_SQL_LIST_CKPTS] = "SELECT " TB_CKPT_COLUMNS " FROM checkpoints WHERE " LIVE
+    [TB_SQL_LIST_CKPTS] = "SELECT " TB_CKPT_COLUMNS " FROM checkpoints"
+                          " WHERE tenant = ?4 AND " LIVE
                           " ORDER BY time_us DESC, expires_us DESC, rowid DESC LIMIT ?2 OFFSET ?3",
     [TB_SQL_LIST_RUN_CKPTS] =
         "SELECT " TB_CKPT_COLUMNS " FROM checkpoints WHERE run_id = ?4 AND " LIVE
         " ORDER BY time_us DESC, expires_us DESC, rowid DESC LIMIT ?2 OFFSET ?3",
-    /* both counts walk an index only; expired rows are few, as the sweep takes them */
-    [TB_SQL_COUNT_CKPTS] = "SELECT (SELECT COUNT(*) FROM checkpoints) - (SELECT COUNT(*) FROM"
-                           " checkpoints WHERE expires_us > 0 AND expires_us <= ?1)",
+    /* both counts walk an index only */
+    [TB_SQL_COUNT_CKPTS] = "SELECT COUNT(*) FROM checkpoints WHERE tenant = ?2 AND " LIVE,
     [TB_SQL_COUNT_RUN_CKPTS] = "SELECT COUNT(*) FROM checkpoints WHERE run_id = ?2 AND " LIVE,
     [TB_SQL_DELETE_CKPT] = "DELETE FROM checkpoints WHERE run_id = ?1 AND kind = ?2 AND name = ?3",
     [TB_SQL_PUBLISH_CKPT] =
@@ -108,7 +132,7 @@ static const char *const texts[TB_SQL_N] = {
     [TB_SQL_TTL_CKPT] =
         "UPDATE checkpoints SET expires_us = ?4 WHERE run_id = ?1 AND kind = ?2 AND name = ?3",
     [TB_SQL_EXPIRED_CKPTS] = "SELECT run_id, kind, name FROM checkpoints"
-                             " WHERE expires_us > 0 AND expires_us <= ?1 LIMIT 1000",
+                             " WHERE expires_us > 0 AND expires_us <= ?1 LIMIT ?2",
     [TB_SQL_ALL_CKPTS] = "SELECT run_id, kind, name FROM checkpoints",
     [TB_SQL_PUT_PENDING] =
         "INSERT INTO pending(write_id, run_id, kind, name, tmp) VALUES(?1,?2,?3,?4,?5)",
@@ -141,7 +165,7 @@ sqlite3_stmt *tb_sql_get(struct tb_store *s, enum tb_sql q, struct tb_error *err
     return s->stmts[q];
 }
 
-static void rewind_stmt(sqlite3_stmt *st)
+void tb_sql_reset(sqlite3_stmt *st)
 {
     sqlite3_reset(st);
     sqlite3_clear_bindings(st);
@@ -152,7 +176,7 @@ int tb_sql_row(struct tb_store *s, sqlite3_stmt *st, struct tb_error *err)
     int rc = sqlite3_step(st);
     if (rc == SQLITE_ROW) return 1;
     rc = rc == SQLITE_DONE ? 0 : tb_sql_fail(s, err);
-    rewind_stmt(st);
+    tb_sql_reset(st);
     return rc;
 }
 
@@ -160,7 +184,7 @@ int tb_sql_run(struct tb_store *s, sqlite3_stmt *st, struct tb_error *err)
 {
     int rc = tb_sql_row(s, st, err);
     if (rc == 1) {
-        rewind_stmt(st);
+        tb_sql_reset(st);
         rc = 0;
     }
     return rc;
@@ -212,15 +236,17 @@ int tb_sql_open(struct tb_store *s, struct tb_error *err)
     int version = 0;
     if (!rc) rc = user_version(s, &version, err);
     if (rc) return rc;
-    if (version > SCHEMA_VERSION)
+    const int newest = (int)TB_ARRAY_LEN(steps);
+    if (version > newest)
         return tb_error_set(err, TB_EINVAL,
                             "%s/tinkerbell.db has schema %d, newer than this program's %d", s->dir,
-                            version, SCHEMA_VERSION);
-    if (version == 0) {
-        rc = tb_sql_exec(s, "BEGIN IMMEDIATE", err);
-        if (!rc) rc = tb_sql_exec(s, schema, err);
-        if (!rc) rc = tb_sql_exec(s, "COMMIT", err);
-    }
+                            version, newest);
+    if (version == newest) return 0;
+    rc = tb_sql_exec(s, "BEGIN IMMEDIATE", err);
+    while (!rc && version < newest)
+        rc = tb_sql_exec(s, steps[version++], err);
+    if (!rc) rc = tb_sql_exec(s, "COMMIT", err);
+    if (rc && !sqlite3_get_autocommit(s->db)) tb_sql_exec(s, "ROLLBACK", NULL);
     return rc;
 }
 

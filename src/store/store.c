@@ -117,6 +117,16 @@ struct tb_job *tb_job_create(void (*work)(struct tb_store *s, struct tb_job *j),
     return j;
 }
 
+struct tb_job *tb_job_of(const char *tenant, const char *id,
+                         void (*work)(struct tb_store *s, struct tb_job *j),
+                         void (*done)(struct tb_job *j))
+{
+    struct tb_job *j = tb_job_create(work, done, true);
+    j->tenant = tb_job_dup(j, tenant);
+    j->id = tb_job_dup(j, id);
+    return j;
+}
+
 static void job_destroy(struct tb_job *j)
 {
     size_t it = 0, n;

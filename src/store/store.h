@@ -12,6 +12,11 @@
  *       checkpoint.json                                  format version, rank, flags, seed, step,
  * ...
  *
+ * Every row has an owner, a tenant. A call that takes an id of a client's takes the tenant who
+ * asks, too: what belongs to another is answered as if it were not there, except that the
+ * checkpoints which their owner has published may be read (tb_store_get_ckpt, _read_ckpt,
+ * _copy_ckpt).
+ *
  * Thread: every call is made on the loop's thread and returns at once; the work runs as one
  * uv_work_t at a time per store (so SQLite has one writer and jobs keep their order), and the
  * callback comes on the loop's thread. Pointers given to a callback are valid during it only.
@@ -55,9 +60,12 @@ void tb_store_close(struct tb_store *s, void (*cb)(void *arg), void *arg);
 
 typedef void (*tb_store_done_cb)(void *arg, const struct tb_error *err); /* err->code 0 = done */
 
+/* The owner of what was made before there were tenants, and of keys without a name. */
+#define TB_TENANT_DEFAULT "default"
+
 /* ---- sessions */
 struct tb_session_row {
-    const char *id;
+    const char *id, *tenant;
     const char *tags_json, *user_metadata_json;          /* "[]", "{}" */
     const char *sdk_version, *project_id, *display_name; /* may be NULL */
     int64_t created_us, last_seen_us;
@@ -69,12 +77,12 @@ void tb_store_put_session(struct tb_store *s, const struct tb_session_row *row);
 /* New status of a session (first one wins). */
 void tb_store_end_session(struct tb_store *s, const char *id, const char *status,
                           const char *reason, const char *detail);
-void tb_store_set_session_project(struct tb_store *s, const char *id, const char *project,
-                                  tb_store_done_cb cb, void *arg);
+void tb_store_set_session_project(struct tb_store *s, const char *tenant, const char *id,
+                                  const char *project, tb_store_done_cb cb, void *arg);
 
 /* ---- runs (training_run_id = model_id) */
 struct tb_run_row {
-    const char *id, *session_id, *base_model;
+    const char *id, *tenant, *session_id, *base_model;
     struct tb_lora_config lora;
     const char *user_metadata_json; /* or NULL */
     int64_t created_us, last_request_us;
@@ -86,14 +94,15 @@ void tb_store_touch_run(struct tb_store *s, const char *id,
 
 /* ---- samplers (sampling sessions) */
 struct tb_sampler_row {
-    const char *id, *session_id, *base_model, *model_path; /* model_path NULL for the base model */
+    const char *id, *tenant, *session_id, *base_model;
+    const char *model_path; /* NULL for the base model */
     int64_t created_us;
 };
 void tb_store_put_sampler(struct tb_store *s, const struct tb_sampler_row *row);
 
 /* ---- checkpoints */
 struct tb_ckpt_row {
-    const char *run_id, *name;
+    const char *run_id, *name, *tenant;
     enum tb_ckpt_kind kind;
     const char *base_model;
     struct tb_lora_config lora;
@@ -106,7 +115,7 @@ struct tb_ckpt_row {
     const char *path;               /* "tinker://…" */
 };
 struct tb_ckpt_write {
-    const char *run_id, *name;
+    const char *run_id, *name, *tenant;
     enum tb_ckpt_kind kind;
     bool overwrite;
     int64_t ttl_seconds; /* 0 = never */
@@ -124,27 +133,34 @@ void tb_store_write_ckpt(struct tb_store *s, const struct tb_ckpt_write *w,
  * names the path (expired ones included); with_optimizer on a checkpoint without is TB_EINVAL. */
 typedef void (*tb_store_state_cb)(void *arg, const struct tb_error *err,
                                   const struct tb_ckpt_row *row, struct tb_adapter_state *state);
-void tb_store_read_ckpt(struct tb_store *s, const char *path, bool with_optimizer,
-                        tb_store_state_cb cb, void *arg);
+void tb_store_read_ckpt(struct tb_store *s, const char *tenant, const char *path,
+                        bool with_optimizer, tb_store_state_cb cb, void *arg);
 /* The row alone. */
-void tb_store_get_ckpt(struct tb_store *s, const char *path, tb_store_ckpt_cb cb, void *arg);
-void tb_store_delete_ckpt(struct tb_store *s, const char *path, tb_store_done_cb cb, void *arg);
-void tb_store_publish_ckpt(struct tb_store *s, const char *path, bool is_public,
+void tb_store_get_ckpt(struct tb_store *s, const char *tenant, const char *path,
+                       tb_store_ckpt_cb cb, void *arg);
+void tb_store_delete_ckpt(struct tb_store *s, const char *tenant, const char *path,
+                          tb_store_done_cb cb, void *arg);
+void tb_store_publish_ckpt(struct tb_store *s, const char *tenant, const char *path, bool is_public,
                            tb_store_done_cb cb, void *arg);
-void tb_store_set_ckpt_ttl(struct tb_store *s, const char *path,
+void tb_store_set_ckpt_ttl(struct tb_store *s, const char *tenant, const char *path,
                            int64_t ttl_seconds /* 0 = never */, tb_store_done_cb cb, void *arg);
 /* Folder of a checkpoint on disk; NULL-terminated into out; TB_ENOTFOUND is left to the caller's
  * open. */
 int tb_store_ckpt_dir(const struct tb_store *s, const char *path, char *out, size_t n,
                       struct tb_error *err);
 
-/* Makes `path` a checkpoint of the run run_id (new; of session_id or NULL), with the same kind and
- * name. A live checkpoint that is there already is the answer: run_id identifies the request. */
-void tb_store_copy_ckpt(struct tb_store *s, const char *path, const char *run_id,
-                        const char *session_id, int64_t ttl_seconds /* 0 = never */,
-                        tb_store_ckpt_cb cb, void *arg);
+/* Makes `path`, which `reader` may read, a checkpoint of the tenant's run run_id (new; of
+ * session_id or NULL), with the same kind and name. A live checkpoint of the tenant's that is there
+ * already is the answer: run_id identifies the request. */
+struct tb_ckpt_copy {
+    const char *reader, *path;
+    const char *tenant, *run_id, *session_id;
+    int64_t ttl_seconds; /* 0 = never */
+};
+void tb_store_copy_ckpt(struct tb_store *s, const struct tb_ckpt_copy *copy, tb_store_ckpt_cb cb,
+                        void *arg);
 
-/* ---- lists, newest first */
+/* ---- lists of a tenant's rows, newest first */
 struct tb_page {
     int64_t offset, limit, total;
 };
@@ -156,10 +172,11 @@ struct tb_run_list {
 };
 typedef void (*tb_store_runs_cb)(void *arg, const struct tb_error *err,
                                  const struct tb_run_list *l);
-void tb_store_list_runs(struct tb_store *s, int64_t offset, int64_t limit, tb_store_runs_cb cb,
-                        void *arg);
-void tb_store_get_run(struct tb_store *s, const char *id, tb_store_runs_cb cb,
-                      void *arg); /* n = 0|1 */
+/* project NULL: of all projects. */
+void tb_store_list_runs(struct tb_store *s, const char *tenant, const char *project, int64_t offset,
+                        int64_t limit, tb_store_runs_cb cb, void *arg);
+void tb_store_get_run(struct tb_store *s, const char *tenant, const char *id, tb_store_runs_cb cb,
+                      void *arg); /* n = 1, or TB_ENOTFOUND */
 
 struct tb_ckpt_list {
     struct tb_page page;
@@ -169,8 +186,8 @@ struct tb_ckpt_list {
 typedef void (*tb_store_ckpts_cb)(void *arg, const struct tb_error *err,
                                   const struct tb_ckpt_list *l);
 /* run_id NULL: all runs. limit 0: all. TB_ENOTFOUND for an unknown run_id. */
-void tb_store_list_ckpts(struct tb_store *s, const char *run_id, int64_t offset, int64_t limit,
-                         tb_store_ckpts_cb cb, void *arg);
+void tb_store_list_ckpts(struct tb_store *s, const char *tenant, const char *run_id, int64_t offset,
+                         int64_t limit, tb_store_ckpts_cb cb, void *arg);
 
 struct tb_session_list {
     struct tb_page page;
@@ -182,11 +199,13 @@ struct tb_session_list {
 };
 typedef void (*tb_store_sessions_cb)(void *arg, const struct tb_error *err,
                                      const struct tb_session_list *l);
-void tb_store_list_sessions(struct tb_store *s, int64_t offset, int64_t limit,
+void tb_store_list_sessions(struct tb_store *s, const char *tenant, int64_t offset, int64_t limit,
                             tb_store_sessions_cb cb, void *arg);
-void tb_store_get_session(struct tb_store *s, const char *id, tb_store_sessions_cb cb, void *arg);
+void tb_store_get_session(struct tb_store *s, const char *tenant, const char *id,
+                          tb_store_sessions_cb cb, void *arg); /* n = 1, or TB_ENOTFOUND */
 
 struct tb_session_query {
+    const char *tenant;
     const char *session_id, *display_name; /* either matches; NULL: not asked for */
     const char *user_metadata_json;        /* pairs that must hold, or NULL */
     const char *const *project_ids, *const *statuses;
@@ -211,7 +230,8 @@ void tb_store_search_sessions(struct tb_store *s, const struct tb_session_query 
 
 typedef void (*tb_store_sampler_cb)(void *arg, const struct tb_error *err,
                                     const struct tb_sampler_row *row);
-void tb_store_get_sampler(struct tb_store *s, const char *id, tb_store_sampler_cb cb, void *arg);
+void tb_store_get_sampler(struct tb_store *s, const char *tenant, const char *id,
+                          tb_store_sampler_cb cb, void *arg);
 
 /* Deletes expired checkpoints (rows and folders); the server calls it every minute. */
 void tb_store_sweep(struct tb_store *s);

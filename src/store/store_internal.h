@@ -33,8 +33,10 @@ enum tb_sql {
     TB_SQL_PUT_RUN,
     TB_SQL_TOUCH_RUN,
     TB_SQL_LIST_RUNS,
+    TB_SQL_LIST_PROJECT_RUNS,
     TB_SQL_GET_RUN,
     TB_SQL_COUNT_RUNS,
+    TB_SQL_COUNT_PROJECT_RUNS,
     TB_SQL_PUT_SAMPLER,
     TB_SQL_GET_SAMPLER,
     TB_SQL_PUT_CKPT,
@@ -82,6 +84,7 @@ struct tb_job {
     void (*done)(struct tb_job *j);
 
     /* arguments; which are set depends on the job */
+    const char *tenant; /* who asks */
     const char *id, *text[3];
     int64_t number, offset, limit;
     bool flag;
@@ -91,6 +94,7 @@ struct tb_job {
     struct tb_sampler_row sampler;
     struct tb_ckpt_row ckpt;
     struct tb_ckpt_write write;
+    struct tb_ckpt_copy copy;
     const struct tb_session_query *query;
     struct tb_adapter_state *state; /* the job's until handed over */
     struct tb_map touches;          /* of a touch job: run id → struct touch */
@@ -122,6 +126,10 @@ struct touch {
 /* ---- store.c */
 struct tb_job *tb_job_create(void (*work)(struct tb_store *s, struct tb_job *j),
                              void (*done)(struct tb_job *j), bool small);
+/* A job that answers a tenant's question about `id` (or NULL). */
+struct tb_job *tb_job_of(const char *tenant, const char *id,
+                         void (*work)(struct tb_store *s, struct tb_job *j),
+                         void (*done)(struct tb_job *j));
 void tb_job_submit(struct tb_store *s, struct tb_job *j);
 void tb_job_done_plain(struct tb_job *j); /* calls cb.done if there is one, else logs a failure */
 const char *tb_job_dup(struct tb_job *j, const char *s); /* NULL stays NULL */
@@ -134,6 +142,7 @@ void tb_sql_close(struct tb_store *s);
 sqlite3_stmt *tb_sql_get(struct tb_store *s, enum tb_sql q, struct tb_error *err); /* NULL: err */
 int tb_sql_exec(struct tb_store *s, const char *sql, struct tb_error *err);
 int tb_sql_fail(struct tb_store *s, struct tb_error *err); /* the handle's last error */
+void tb_sql_reset(sqlite3_stmt *st); /* for the next use; forgets what was bound */
 /* Steps a statement that gives no rows, and resets it. */
 int tb_sql_run(struct tb_store *s, sqlite3_stmt *st, struct tb_error *err);
 /* 1: a row, 0: no more (reset), negative: error (reset). */
@@ -145,7 +154,8 @@ const char *tb_sql_str(struct tb_arena *a, sqlite3_stmt *st, int col); /* NULL f
 /* ---- ckpt_rows.c, on a pool thread */
 #define TB_CKPT_COLUMNS                                                                            \
     "run_id, kind, name, base_model, rank, alpha, has_seed, seed, train_attn, train_mlp, "         \
-    "train_unembed, has_optimizer, step, time_us, size_bytes, expires_us, public, user_metadata"
+    "train_unembed, has_optimizer, step, time_us, size_bytes, expires_us, public, "                \
+    "user_metadata, tenant"
 void tb_ckpt_from_row(struct tb_arena *a, sqlite3_stmt *st, struct tb_ckpt_row *out);
 int tb_ckpt_put_row(struct tb_store *s, const struct tb_ckpt_row *row, struct tb_error *err);
 int tb_ckpt_delete_row(struct tb_store *s, const char *run, enum tb_ckpt_kind kind,
@@ -153,7 +163,14 @@ int tb_ckpt_delete_row(struct tb_store *s, const char *run, enum tb_ckpt_kind ki
 /* *found false: no row. Expired rows are found too. */
 int tb_ckpt_find_row(struct tb_store *s, struct tb_arena *a, const struct tb_tinker_path *p,
                      struct tb_ckpt_row *out, bool *found, struct tb_error *err);
+/* 0 and the row, when it is there, has not expired, and the tenant may see it: an owner always,
+ * another (`shared`) when it is published. Else TB_ENOTFOUND. */
+int tb_ckpt_find_live(struct tb_store *s, struct tb_arena *a, const struct tb_tinker_path *p,
+                      const char *tenant, bool shared, struct tb_ckpt_row *out,
+                      struct tb_error *err);
 bool tb_ckpt_expired(const struct tb_ckpt_row *row, int64_t now_us);
+/* The moment ttl seconds after now; 0, which is never, for ttl 0 and beyond the end of time. */
+int64_t tb_ckpt_expiry(int64_t now_us, int64_t ttl_seconds);
 void tb_lora_from_row(sqlite3_stmt *st, int col, struct tb_lora_config *out); /* 7 columns */
 void tb_lora_bind(sqlite3_stmt *st, int i, const struct tb_lora_config *l);
 int tb_run_put(struct tb_store *s, const struct tb_run_row *row, bool only_new,

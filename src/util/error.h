@@ -34,7 +34,8 @@ enum tb_category { TB_CAT_UNKNOWN = 0, TB_CAT_USER, TB_CAT_SERVER };
     XX(EIO, -10015, 500, SERVER, "input/output error")                                             \
     XX(ECORRUPT, -10016, 500, SERVER, "corrupt data")                                              \
     XX(EDEVICE, -10017, 500, SERVER, "device error")                                               \
-    XX(EINTERNAL, -10018, 500, SERVER, "internal error")
+    XX(EINTERNAL, -10018, 500, SERVER, "internal error")                                           \
+    XX(ERATE, -10019, 429, SERVER, "too many requests")
 
 enum tb_error_code {
     TB_OK = 0,

@@ -29,8 +29,10 @@
 #define TB_MAX_INFLATE_RATIO_BODY (1ull << 30) /* bytes of a decompressed body, hard bound */
 
 /* Names and ids */
-#define TB_MAX_NAME     128 /* checkpoint names */
-#define TB_MAX_ID       256 /* session, model, sampler and request ids */
+#define TB_MAX_NAME     128  /* checkpoint names */
+#define TB_MAX_ID       256  /* session, model, sampler and request ids */
+#define TB_MAX_TENANT   64   /* tenants' names */
+#define TB_MAX_TOKEN    4096 /* keys in a request, and what the SDK exchanges them for */
 #define TB_MAX_METADATA (64 * 1024)
 
 /* Sampling */

@@ -991,10 +991,10 @@ def search_sessions(t, method):
     assert [s.session_id for s in found] == [t.session_id] and found[0].status.type == "active"
 
 
-@methods("RestClient.whoami",
-         hosted="it reads a JWT of the hosted service's login; with an API key the SDK raises RuntimeError: whoami requires JWT auth")
+@methods("RestClient.whoami")
 def whoami(t, method):
-    rejected("requires JWT auth", call, t.rest, method)
+    who = call(t.rest, method)
+    assert who.user_urn == "tml:user:default" and who.org_urn == "tml:organization:default", who
 
 
 @methods("RestClient.export_session_trace", "RestClient.export_session_trace_async",

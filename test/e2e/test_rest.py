@@ -86,14 +86,17 @@ def test_search_sessions(server, rest, raw):
     assert raw.post("sessions/search", {"cursor": {"last_created_at": "soon", "last_session_id": "x"}}).status == 400
 
 
-def test_hosted_only(raw):
+def test_hosted_only(rest, raw):
     session = raw.create_session()
     assert raw.get("audit?event_type=x").json == {"entries": []}
     assert raw.get("billing/usage/events?starting_on=2026-01-01").json == {"data": []}
     assert raw.get("billing/usage/checkpoints/current").json == {"data": []}
     assert raw.get(f"sessions/{session}/trace_export").json["status"] == "failed"
-    token = raw.post("auth/token", {})
-    assert token.status == 404 and "API key" in token.json["detail"]
+    token = raw.ok("auth/token", {})["jwt"]
+    assert raw.call("GET", f"sessions/{session}", headers={"X-API-Key": token}, key=False).status == 200
+    if raw.ok("client/config", {}).get("pjwt_auth_enabled") is False and hasattr(rest, "whoami"):  # asked without a version
+        who = rest.whoami().result()
+        assert who.user_urn == "tml:user:default" and who.org_urn == "tml:organization:default" and who.email is None
     me = raw.get("auth/apikey/me").json
     assert isinstance(me["key_id"], int) and me["details"]["user_details"]["email"]
     assert raw.call("DELETE", "auth/apikey/me").status == 400

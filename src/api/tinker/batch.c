@@ -92,7 +92,7 @@ static int free_retrieved(struct tb_api *a, struct tb_http_request *req, const s
         int rc = tb_json_as_string(&v, &req->arena, TB_MAX_ID * 2, &id, e);
         if (rc) return rc;
         if (strncmp(id, t->sampler, n) == 0 && id[n] == ':')
-            tb_core_retrieved(tb_api_core(a), id, strlen(id));
+            tb_core_retrieved(tb_api_core(a), tb_api_who(req), id, strlen(id));
     }
     return 0;
 }
@@ -118,42 +118,30 @@ void tb_tinker_retrieve_futures(struct tb_api *a, struct tb_http_request *req,
     p->w.cb = on_feed;
     req->user = p;
     req->on_abort = forget;
-    tb_core_feed_wait(tb_api_core(a), t.sampler, t.clone, (uint64_t)t.prev, t.timeout_ms, &p->w);
+    tb_core_feed_wait(tb_api_core(a), tb_api_who(req), t.sampler, t.clone, (uint64_t)t.prev,
+                      t.timeout_ms, &p->w);
 }
 
 /* It may be too late to cancel, and that is fine as well: the answer is always yes. */
 void tb_tinker_cancel_future(struct tb_api *a, struct tb_http_request *req,
                              const struct tb_route_match *m)
 {
-    struct tb_json_doc doc;
-    struct tb_error e = {0};
-    const char *id = NULL;
+    const char *id = tb_tinker_body_id(a, req, "request_id", NULL);
     (void)m;
-    if (tb_api_body(a, req, false, &doc)) return;
-    int rc = tb_json_string(&doc.root, "request_id", true, &req->arena, TB_MAX_ID * 2, &id, &e);
-    tb_json_free(&doc);
-    if (rc) {
-        tb_api_error(req, &e);
-        return;
-    }
-    tb_core_cancel(tb_api_core(a), id, strlen(id));
+    if (!id) return;
+    tb_core_cancel(tb_api_core(a), tb_api_who(req), id, strlen(id));
     tb_api_answer_empty(req);
 }
 
 void tb_tinker_join_sampling_session(struct tb_api *a, struct tb_http_request *req,
                                      const struct tb_route_match *m)
 {
-    struct tb_json_doc doc;
     struct tb_error e = {0};
-    const char *id = NULL;
     int64_t clone = 0;
+    const char *id = tb_tinker_body_id(a, req, "sampling_session_id", "join_sampling_session");
     (void)m;
-    if (tb_api_body(a, req, false, &doc)) return;
-    int rc = tb_json_id(&doc.root, "sampling_session_id", true, &req->arena, &id, &e);
-    if (rc == 0) rc = tb_tinker_check_type(&doc.root, "join_sampling_session", &e);
-    tb_json_free(&doc);
-    if (rc == 0) rc = tb_core_join_sampling_session(tb_api_core(a), id, &clone, &e);
-    if (rc) {
+    if (!id) return;
+    if (tb_core_join_sampling_session(tb_api_core(a), tb_api_who(req), id, &clone, &e)) {
         tb_api_error(req, &e);
         return;
     }

@@ -1,10 +1,14 @@
 /* Configuration of clients, capabilities, health, telemetry. Only what exists is announced. */
+#include <limits.h>
+
 #include "api/tinker/tinker.h"
 #include "util/mem.h"
 
 /* One request per batch is what a single server wants; a body stays well below the limit, because
  * the SDK counts four bytes a token and the raw tensors, and the rest of the message comes on top.
  */
+enum { FIRST_WHOAMI = 25 };
+
 enum { CHUNK_LEN = 8192, CHUNK_BYTES = 32 << 20, DISPATCH_BYTES = 128 << 20 };
 
 void tb_tinker_client_config(struct tb_api *a, struct tb_http_request *req,
@@ -12,10 +16,12 @@ void tb_tinker_client_config(struct tb_api *a, struct tb_http_request *req,
 {
     struct tb_buf b;
     struct tb_json_out j;
+    int minor = tb_tinker_sdk_minor(req);
     size_t chunk = TB_MIN((size_t)CHUNK_BYTES, tb_api_options_get(a)->max_body / 4);
     (void)m;
     tb_api_answer_begin(&b, &j);
-    tb_jout_bool(&j, "pjwt_auth_enabled", false);
+    /* for whoami, which reads the token that a key is exchanged for; older SDKs have none */
+    tb_jout_bool(&j, "pjwt_auth_enabled", minor >= FIRST_WHOAMI && minor < INT_MAX);
     tb_jout_str(&j, "credential_default_source", "api_key");
     tb_jout_bool(&j, "parallel_fwdbwd_chunks", true);
     tb_jout_bool(&j, "proto_compress_fwdbwd", false);

@@ -56,7 +56,7 @@ int tb_tinker_check_type(const struct tb_json *root, const char *literal, struct
 {
     struct tb_json n;
     char shown[TB_JSON_SHOW];
-    if (!tb_json_find(root, "type", &n)) return 0;
+    if (!literal || !tb_json_find(root, "type", &n)) return 0;
     tb_json_show(&n, shown);
     size_t len = strlen(literal);
     if (tb_json_is_string(&n) && shown[0] == '"' && strncmp(shown + 1, literal, len) == 0 &&

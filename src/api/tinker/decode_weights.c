@@ -125,6 +125,9 @@ static int rest_load(const struct tb_json *root, struct tb_op *op, struct tb_err
     rc = tb_tinker_path_parse(l->path, strlen(l->path), &path, &e);
     if (rc) return tb_json_fail(&n, err, rc, "%.384s", e.msg);
     rc = tb_json_bool(root, "optimizer", false, &l->optimizer, err);
+    if (rc == 0)
+        rc = tb_json_string(root, "weights_access_token", false, &op->arena, TB_MAX_TOKEN,
+                            &l->access_token, err);
     if (rc == 0) rc = tb_json_object(root, "optimizer_config", false, &n, err);
     if (rc) return rc;
     if (n.v) {

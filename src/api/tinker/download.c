@@ -70,24 +70,19 @@ static struct tb_download *token_for(struct tb_api *a, const char *path)
     return d;
 }
 
-struct urls_call {
-    struct tb_api *a;
-    void *call;
-    struct tb_http_request *req;
-};
-
 static void on_ckpt(void *arg, const struct tb_error *err, const struct tb_ckpt_row *row)
 {
-    struct urls_call *u = arg;
-    if (err && err->code) {
-        tb_tinker_call_end(u->call, err);
+    if (err->code) {
+        tb_tinker_call_end(arg, err);
         return;
     }
+    struct tb_api *a;
+    struct tb_http_request *req = tb_tinker_call_request(arg, &a);
     struct tb_buf b;
     struct tb_json_out j;
     char expires[TB_TIME_TEXT], url[2048];
-    const struct tb_download *d = token_for(u->a, row->path);
-    const char *base = tb_api_base_url(u->a, u->req);
+    const struct tb_download *d = token_for(a, row->path);
+    const char *base = tb_api_base_url(a, req);
     tb_clock_format(d->until_us, expires);
     tb_api_answer_begin(&b, &j);
     tb_jout_object(&j, "urls");
@@ -98,7 +93,7 @@ static void on_ckpt(void *arg, const struct tb_error *err, const struct tb_ckpt_
     tb_jout_object_end(&j);
     tb_jout_str(&j, "expires", expires);
     tb_jout_object_end(&j);
-    struct tb_http_request *req = tb_tinker_call_end(u->call, NULL);
+    tb_tinker_call_end(arg, NULL);
     tb_api_answer(req, 200, &b);
 }
 
@@ -108,23 +103,23 @@ void tb_tinker_external_urls(struct tb_api *a, struct tb_http_request *req,
     const char *path =
         tb_tinker_route_path(req, m->params[0], TB_SPAN_LIT("external_weights"), m->params[1]);
     if (!path) return;
-    struct urls_call *u = tb_arena_alloc(&req->arena, sizeof(*u));
-    *u = (struct urls_call){a, tb_tinker_call(a, req), req};
-    tb_store_get_ckpt(tb_core_store(tb_api_core(a)), path, on_ckpt, u);
+    tb_store_get_ckpt(tb_core_store(tb_api_core(a)), tb_api_tenant(req), path, on_ckpt,
+                      tb_tinker_call(a, req));
 }
 
 static void on_archive_ckpt(void *arg, const struct tb_error *err, const struct tb_ckpt_row *row)
 {
-    struct urls_call *u = arg;
-    if (err && err->code) {
-        tb_tinker_call_end(u->call, err);
+    if (err->code) {
+        tb_tinker_call_end(arg, err);
         return;
     }
+    struct tb_api *a;
+    struct tb_http_request *req = tb_tinker_call_request(arg, &a);
     struct tb_buf b;
     struct tb_json_out j;
     char expires[TB_TIME_TEXT], date[TB_TIME_TEXT], url[2048];
-    const struct tb_download *d = token_for(u->a, row->path);
-    snprintf(url, sizeof(url), "%s/api/v1/downloads/%s/" ARCHIVE, tb_api_base_url(u->a, u->req),
+    const struct tb_download *d = token_for(a, row->path);
+    snprintf(url, sizeof(url), "%s/api/v1/downloads/%s/" ARCHIVE, tb_api_base_url(a, req),
              d->token);
     tb_clock_format(d->until_us, expires);
     tb_clock_http_date(d->until_us, date);
@@ -133,7 +128,7 @@ static void on_archive_ckpt(void *arg, const struct tb_error *err, const struct 
     tb_jout_str(&j, "expires", expires);
     tb_jout_object_end(&j);
     struct tb_http_field fields[] = {{"Location", url}, {"Expires", date}};
-    struct tb_http_request *req = tb_tinker_call_end(u->call, NULL);
+    tb_tinker_call_end(arg, NULL);
     size_t n;
     char *p = tb_buf_steal(&b, &n);
     tb_http_respond_owned(req, 302, "application/json", p, n, tb_free, p, fields, 2);
@@ -144,9 +139,8 @@ void tb_tinker_archive(struct tb_api *a, struct tb_http_request *req,
 {
     const char *path = tb_tinker_route_path(req, m->params[0], m->params[1], m->params[2]);
     if (!path) return;
-    struct urls_call *u = tb_arena_alloc(&req->arena, sizeof(*u));
-    *u = (struct urls_call){a, tb_tinker_call(a, req), req};
-    tb_store_get_ckpt(tb_core_store(tb_api_core(a)), path, on_archive_ckpt, u);
+    tb_store_get_ckpt(tb_core_store(tb_api_core(a)), tb_api_tenant(req), path, on_archive_ckpt,
+                      tb_tinker_call(a, req));
 }
 
 void tb_tinker_download(struct tb_api *a, struct tb_http_request *req,

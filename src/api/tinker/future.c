@@ -206,11 +206,11 @@ void tb_tinker_retrieve_future(struct tb_api *a, struct tb_http_request *req,
     p->req = req;
     p->metadata_only = metadata_only;
     p->proto = tb_span_icontains(tb_http_header_get(req, "Accept"), "x-protobuf");
-    p->tinkex = tb_span_ieq(tb_http_header_get(req, "X-Stainless-Runtime"), "BEAM") ||
-                tb_span_icontains(tb_http_header_get(req, "User-Agent"), "AsyncTinkex");
+    p->tinkex = tb_tinker_is_tinkex(req);
     memcpy(p->id, id, strlen(id) + 1);
     p->w.cb = on_future;
     req->user = p;
     req->on_abort = forget;
-    tb_core_wait(tb_api_core(a), p->id, strlen(p->id), &p->w); /* p may be gone now */
+    tb_core_wait(tb_api_core(a), tb_api_who(req), p->id, strlen(p->id),
+                 &p->w); /* p may be gone now */
 }

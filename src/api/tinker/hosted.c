@@ -1,6 +1,6 @@
 /*
- * Calls that only make sense for a hosted service with accounts: they say truthfully that there is
- * nothing here. Thread: the loop's.
+ * Calls about accounts: keys, which the operator gives out, and what only a hosted service has,
+ * where the answers say truthfully that there is nothing here. Thread: the loop's.
  */
 #include "api/tinker/tinker.h"
 
@@ -46,21 +46,38 @@ void tb_tinker_trace_export(struct tb_api *a, struct tb_http_request *req,
 void tb_tinker_auth_token(struct tb_api *a, struct tb_http_request *req,
                           const struct tb_route_match *m)
 {
+    struct tb_buf b;
+    struct tb_json_out j;
     (void)a;
     (void)m;
-    refuse(req, TB_ENOTFOUND, "this server issues no tokens; send the API key itself");
+    tb_api_answer_begin(&b, &j);
+    tb_jout_str(&j, "jwt", tb_api_token(req));
+    tb_jout_object_end(&j);
+    tb_api_answer(req, 200, &b);
 }
 
 /* Whoever comes here has shown a key that is accepted. */
 void tb_tinker_key_info(struct tb_api *a, struct tb_http_request *req,
                         const struct tb_route_match *m)
 {
-    static const char key[] = "{\"key_id\":0,\"name\":\"local\",\"note\":\"an API key of this "
-                              "server\",\"details\":{\"org_details\":{\"name\":\"local\"},"
-                              "\"user_details\":{\"email\":\"local@localhost\"}}}";
-    (void)a;
+    struct tb_buf b;
+    struct tb_json_out j;
+    const char *name = tb_api_tenant(req);
     (void)m;
-    answer_text(req, key, sizeof(key) - 1);
+    tb_api_answer_begin(&b, &j);
+    tb_jout_int(&j, "key_id", tb_api_key_number(a, req));
+    tb_jout_str(&j, "name", name);
+    tb_jout_str(&j, "note", "an API key of this server");
+    tb_jout_object(&j, "details");
+    tb_jout_object(&j, "org_details");
+    tb_jout_str(&j, "name", name);
+    tb_jout_object_end(&j);
+    tb_jout_object(&j, "user_details");
+    tb_jout_str(&j, "email", tb_arena_printf(&req->arena, "%s@localhost", name));
+    tb_jout_object_end(&j);
+    tb_jout_object_end(&j);
+    tb_jout_object_end(&j);
+    tb_api_answer(req, 200, &b);
 }
 
 void tb_tinker_key_delete(struct tb_api *a, struct tb_http_request *req,

@@ -5,60 +5,7 @@
 #include "util/clock.h"
 #include "util/mem.h"
 
-/* ---- calls into the store: the request waits for the callback */
-
-struct call {
-    struct tb_api *a;
-    struct tb_http_request *req;
-};
-
-void *tb_tinker_call(struct tb_api *a, struct tb_http_request *req)
-{
-    struct call *c = tb_malloc(sizeof(*c));
-    *c = (struct call){a, req};
-    tb_api_work_begin(a);
-    return c;
-}
-
-struct tb_http_request *tb_tinker_call_end(void *arg, const struct tb_error *err)
-{
-    struct call *c = arg;
-    struct tb_api *a = c->a;
-    struct tb_http_request *req = c->req;
-    tb_free(c);
-    if (err && err->code) {
-        tb_api_error(req, err);
-        req = NULL;
-    }
-    tb_api_work_end(a);
-    return req;
-}
-
-void tb_tinker_on_store_done(void *arg, const struct tb_error *err)
-{
-    struct tb_http_request *req = tb_tinker_call_end(arg, err);
-    if (req) tb_api_answer_empty(req);
-}
-
 /* ---- parts */
-
-int tb_tinker_query_page(struct tb_http_request *req, int64_t otherwise, int64_t *limit,
-                         int64_t *offset)
-{
-    int rc = tb_api_query_int(req, "limit", 1, INT32_MAX, otherwise, limit);
-    if (rc) return rc;
-    *limit = TB_MIN(*limit, 1000);
-    return tb_api_query_int(req, "offset", 0, INT64_MAX, 0, offset);
-}
-
-void tb_tinker_put_cursor(struct tb_json_out *j, const struct tb_page *p)
-{
-    tb_jout_object(j, "cursor");
-    tb_jout_int(j, "offset", p->offset);
-    tb_jout_int(j, "limit", p->limit);
-    tb_jout_int(j, "total_count", p->total);
-    tb_jout_object_end(j);
-}
 
 void tb_tinker_put_time(struct tb_json_out *j, const char *key, int64_t us)
 {
@@ -129,11 +76,10 @@ static void put_run(struct tb_json_out *j, const struct tb_run_row *r,
 
 static void on_runs(void *arg, const struct tb_error *err, const struct tb_run_list *l)
 {
-    struct tb_http_request *req = tb_tinker_call_end(arg, err);
     struct tb_buf b;
     struct tb_json_out j;
+    struct tb_http_request *req = tb_tinker_call_answer(arg, err, &b, &j);
     if (!req) return;
-    tb_api_answer_begin(&b, &j);
     tb_jout_array(&j, "training_runs");
     for (int32_t i = 0; i < l->n; i++) {
         tb_jout_object(&j, NULL);
@@ -141,10 +87,7 @@ static void on_runs(void *arg, const struct tb_error *err, const struct tb_run_l
                 l->last_sampler ? l->last_sampler[i] : NULL);
         tb_jout_object_end(&j);
     }
-    tb_jout_array_end(&j);
-    tb_tinker_put_cursor(&j, &l->page);
-    tb_jout_object_end(&j);
-    tb_api_answer(req, 200, &b);
+    tb_tinker_list_end(req, &b, &j, &l->page);
 }
 
 void tb_tinker_list_runs(struct tb_api *a, struct tb_http_request *req,
@@ -152,24 +95,19 @@ void tb_tinker_list_runs(struct tb_api *a, struct tb_http_request *req,
 {
     int64_t limit, offset;
     (void)m;
+    struct tb_span project = tb_http_query_get(req, "project_id");
     if (tb_tinker_query_page(req, 20, &limit, &offset)) return;
-    tb_store_list_runs(tb_core_store(tb_api_core(a)), offset, limit, on_runs,
+    tb_store_list_runs(tb_core_store(tb_api_core(a)), tb_api_tenant(req),
+                       project.n ? tb_api_text(req, project) : NULL, offset, limit, on_runs,
                        tb_tinker_call(a, req));
 }
 
 static void on_run(void *arg, const struct tb_error *err, const struct tb_run_list *l)
 {
-    struct tb_http_request *req = tb_tinker_call_end(arg, err);
     struct tb_buf b;
     struct tb_json_out j;
+    struct tb_http_request *req = tb_tinker_call_answer(arg, err, &b, &j);
     if (!req) return;
-    if (l->n == 0) {
-        struct tb_error e = {0};
-        tb_error_set(&e, TB_ENOTFOUND, "no such training run");
-        tb_api_error(req, &e);
-        return;
-    }
-    tb_api_answer_begin(&b, &j);
     put_run(&j, &l->rows[0], l->last_ckpt ? l->last_ckpt[0] : NULL,
             l->last_sampler ? l->last_sampler[0] : NULL);
     tb_jout_object_end(&j);
@@ -179,39 +117,23 @@ static void on_run(void *arg, const struct tb_error *err, const struct tb_run_li
 void tb_tinker_get_run(struct tb_api *a, struct tb_http_request *req,
                        const struct tb_route_match *m)
 {
-    tb_store_get_run(tb_core_store(tb_api_core(a)), tb_api_text(req, m->params[0]), on_run,
-                     tb_tinker_call(a, req));
+    tb_store_get_run(tb_core_store(tb_api_core(a)), tb_api_tenant(req),
+                     tb_api_text(req, m->params[0]), on_run, tb_tinker_call(a, req));
 }
 
 /* ---- checkpoints */
 
-/* SDKs before 0.30 refuse whole lists that hold an external checkpoint. */
-static bool knows_external(struct tb_http_request *req)
-{
-    struct tb_span v = tb_http_header_get(req, "X-Stainless-Package-Version");
-    if (!tb_span_starts(v, "0.")) return true;
-    struct tb_span minor = {v.p + 2, 0};
-    while (minor.n + 2 < v.n && minor.p[minor.n] >= '0' && minor.p[minor.n] <= '9')
-        minor.n++;
-    uint64_t n;
-    return !tb_span_u64(minor, &n) || n >= 30;
-}
-
 static void on_ckpts(void *arg, const struct tb_error *err, const struct tb_ckpt_list *l)
 {
-    struct tb_http_request *req = tb_tinker_call_end(arg, err);
     struct tb_buf b;
     struct tb_json_out j;
+    struct tb_http_request *req = tb_tinker_call_answer(arg, err, &b, &j);
     if (!req) return;
-    bool external = knows_external(req);
-    tb_api_answer_begin(&b, &j);
+    bool external = tb_tinker_sdk_minor(req) >= 30; /* older ones refuse the whole list */
     tb_jout_array(&j, "checkpoints");
     for (int32_t i = 0; i < l->n; i++)
         if (external || l->rows[i].kind != TB_CKPT_EXTERNAL) put_ckpt(&j, NULL, &l->rows[i]);
-    tb_jout_array_end(&j);
-    tb_tinker_put_cursor(&j, &l->page);
-    tb_jout_object_end(&j);
-    tb_api_answer(req, 200, &b);
+    tb_tinker_list_end(req, &b, &j, &l->page);
 }
 
 void tb_tinker_list_checkpoints(struct tb_api *a, struct tb_http_request *req,
@@ -220,15 +142,15 @@ void tb_tinker_list_checkpoints(struct tb_api *a, struct tb_http_request *req,
     int64_t limit, offset;
     (void)m;
     if (tb_tinker_query_page(req, 100, &limit, &offset)) return;
-    tb_store_list_ckpts(tb_core_store(tb_api_core(a)), NULL, offset, limit, on_ckpts,
-                        tb_tinker_call(a, req));
+    tb_store_list_ckpts(tb_core_store(tb_api_core(a)), tb_api_tenant(req), NULL, offset, limit,
+                        on_ckpts, tb_tinker_call(a, req));
 }
 
 void tb_tinker_run_checkpoints(struct tb_api *a, struct tb_http_request *req,
                                const struct tb_route_match *m)
 {
-    tb_store_list_ckpts(tb_core_store(tb_api_core(a)), tb_api_text(req, m->params[0]), 0, 0,
-                        on_ckpts, tb_tinker_call(a, req));
+    tb_store_list_ckpts(tb_core_store(tb_api_core(a)), tb_api_tenant(req),
+                        tb_api_text(req, m->params[0]), 0, 0, on_ckpts, tb_tinker_call(a, req));
 }
 
 const char *tb_tinker_route_path(struct tb_http_request *req, struct tb_span run,
@@ -253,8 +175,8 @@ void tb_tinker_delete_checkpoint(struct tb_api *a, struct tb_http_request *req,
 {
     const char *path = route_ckpt(req, m);
     if (path)
-        tb_store_delete_ckpt(tb_core_store(tb_api_core(a)), path, tb_tinker_on_store_done,
-                             tb_tinker_call(a, req));
+        tb_store_delete_ckpt(tb_core_store(tb_api_core(a)), tb_api_tenant(req), path,
+                             tb_tinker_on_store_done, tb_tinker_call(a, req));
 }
 
 static void publish(struct tb_api *a, struct tb_http_request *req, const struct tb_route_match *m,
@@ -262,7 +184,7 @@ static void publish(struct tb_api *a, struct tb_http_request *req, const struct 
 {
     const char *path = route_ckpt(req, m);
     if (path)
-        tb_store_publish_ckpt(tb_core_store(tb_api_core(a)), path, is_public,
+        tb_store_publish_ckpt(tb_core_store(tb_api_core(a)), tb_api_tenant(req), path, is_public,
                               tb_tinker_on_store_done, tb_tinker_call(a, req));
 }
 
@@ -291,6 +213,6 @@ void tb_tinker_set_ttl(struct tb_api *a, struct tb_http_request *req,
     if (rc)
         tb_api_error(req, &e);
     else
-        tb_store_set_ckpt_ttl(tb_core_store(tb_api_core(a)), path, ttl, tb_tinker_on_store_done,
-                              tb_tinker_call(a, req));
+        tb_store_set_ckpt_ttl(tb_core_store(tb_api_core(a)), tb_api_tenant(req), path, ttl,
+                              tb_tinker_on_store_done, tb_tinker_call(a, req));
 }

@@ -12,11 +12,10 @@ void tb_tinker_asample(struct tb_api *a, struct tb_http_request *req,
 
 static void on_created(void *arg, const struct tb_error *err, const char *sampler_id)
 {
-    struct tb_http_request *req = tb_tinker_call_end(arg, err);
     struct tb_buf b;
     struct tb_json_out j;
+    struct tb_http_request *req = tb_tinker_call_answer(arg, err, &b, &j);
     if (!req) return;
-    tb_api_answer_begin(&b, &j);
     tb_jout_str(&j, "sampling_session_id", sampler_id);
     tb_jout_str(&j, "type", "create_sampling_session");
     tb_jout_object_end(&j);
@@ -49,16 +48,16 @@ void tb_tinker_create_sampling_session(struct tb_api *a, struct tb_http_request 
         tb_api_error(req, &e);
         return;
     }
-    tb_core_create_sampling_session(tb_api_core(a), &p, on_created, tb_tinker_call(a, req));
+    tb_core_create_sampling_session(tb_api_core(a), tb_api_who(req), &p, on_created,
+                                    tb_tinker_call(a, req));
 }
 
 static void on_sampler(void *arg, const struct tb_error *err, const struct tb_sampler_row *row)
 {
-    struct tb_http_request *req = tb_tinker_call_end(arg, err);
     struct tb_buf b;
     struct tb_json_out j;
+    struct tb_http_request *req = tb_tinker_call_answer(arg, err, &b, &j);
     if (!req) return;
-    tb_api_answer_begin(&b, &j);
     tb_jout_str(&j, "sampler_id", row->id);
     tb_jout_str(&j, "base_model", row->base_model);
     if (row->model_path) tb_jout_str(&j, "model_path", row->model_path);
@@ -69,6 +68,6 @@ static void on_sampler(void *arg, const struct tb_error *err, const struct tb_sa
 void tb_tinker_get_sampler(struct tb_api *a, struct tb_http_request *req,
                            const struct tb_route_match *m)
 {
-    tb_store_get_sampler(tb_core_store(tb_api_core(a)), tb_api_text(req, m->params[0]), on_sampler,
-                         tb_tinker_call(a, req));
+    tb_store_get_sampler(tb_core_store(tb_api_core(a)), tb_api_tenant(req),
+                         tb_api_text(req, m->params[0]), on_sampler, tb_tinker_call(a, req));
 }

@@ -1,5 +1,5 @@
 /*
- * sessions/search. There is one owner, "local", and sessions without a project are in "default".
+ * sessions/search. The owner is a tenant, and sessions without a project are in "default".
  * Thread: the loop's.
  */
 #include <string.h>
@@ -103,8 +103,9 @@ static int cursor(const struct tb_json *root, struct tb_arena *a, struct tb_sess
     return rc;
 }
 
-/* Other people's sessions are not here. */
-static int owner(const struct tb_json *root, struct tb_arena *a, bool *ours, struct tb_error *e)
+/* Other people's sessions are nobody's business. */
+static int owner(const struct tb_json *root, struct tb_arena *a, const char *us, bool *ours,
+                 struct tb_error *e)
 {
     struct tb_json o;
     const char *type = "own";
@@ -115,7 +116,7 @@ static int owner(const struct tb_json *root, struct tb_arena *a, bool *ours, str
     if (!rc && o.v) rc = strings(&o, "owner_urns", a, &urns, &n, e);
     *ours = strcmp(type, "user") != 0;
     for (int32_t i = 0; i < n && !rc; i++)
-        *ours |= strcmp(urns[i], "local") == 0;
+        *ours |= strcmp(urns[i], us) == 0;
     return rc;
 }
 
@@ -134,18 +135,17 @@ static void put_status(struct tb_json_out *j, const struct tb_session_row *r)
 
 static void on_found(void *arg, const struct tb_error *err, const struct tb_session_search *l)
 {
-    struct tb_http_request *req = tb_tinker_call_end(arg, err);
     struct tb_buf b;
     struct tb_json_out j;
+    struct tb_http_request *req = tb_tinker_call_answer(arg, err, &b, &j);
     if (!req) return;
-    tb_api_answer_begin(&b, &j);
     tb_jout_array(&j, "sessions");
     for (int32_t i = 0; i < l->n; i++) {
         const struct tb_session_row *r = &l->rows[i].session;
         tb_jout_object(&j, NULL);
         tb_jout_str(&j, "session_id", r->id);
         tb_tinker_put_time(&j, "created_at", r->created_us);
-        tb_jout_str(&j, "owner", "local");
+        tb_jout_str(&j, "owner", r->tenant);
         tb_jout_str(&j, "project_id", r->project_id ? r->project_id : "default");
         put_status(&j, r);
         tb_jout_int(&j, "checkpoints_count", l->rows[i].n_ckpts);
@@ -171,7 +171,7 @@ void tb_tinker_search_sessions(struct tb_api *a, struct tb_http_request *req,
 {
     struct tb_json_doc doc;
     struct tb_error e = {0};
-    struct tb_session_query q = {0};
+    struct tb_session_query q = {.tenant = tb_api_tenant(req)};
     int64_t limit = 50;
     bool ours = true;
     (void)m;
@@ -182,7 +182,7 @@ void tb_tinker_search_sessions(struct tb_api *a, struct tb_http_request *req,
     if (!rc) rc = tb_json_string(root, "display_name", false, ar, 1024, &q.display_name, &e);
     if (!rc) rc = strings(root, "project_ids", ar, &q.project_ids, &q.n_project_ids, &e);
     if (!rc) rc = tb_json_metadata(root, "user_metadata", true, ar, &q.user_metadata_json, &e);
-    if (!rc) rc = owner(root, ar, &ours, &e);
+    if (!rc) rc = owner(root, ar, q.tenant, &ours, &e);
     if (!rc) rc = statuses(root, ar, &q, &e);
     if (!rc) rc = cursor(root, ar, &q, &e);
     if (!rc) rc = tb_json_int(root, "limit", false, 1, 200, &limit, &e);

@@ -27,7 +27,7 @@ void tb_tinker_create_session(struct tb_api *a, struct tb_http_request *req,
     if (rc == 0) rc = tb_json_string(root, "display_name", false, ar, 1024, &p.display_name, &e);
     if (rc == 0) rc = tb_tinker_check_type(root, "create_session", &e);
     tb_json_free(&doc);
-    if (rc == 0) rc = tb_core_create_session(tb_api_core(a), &p, &id, &e);
+    if (rc == 0) rc = tb_core_create_session(tb_api_core(a), tb_api_who(req), &p, &id, &e);
     if (rc) {
         tb_api_error(req, &e);
         return;
@@ -44,21 +44,15 @@ void tb_tinker_create_session(struct tb_api *a, struct tb_http_request *req,
 void tb_tinker_heartbeat(struct tb_api *a, struct tb_http_request *req,
                          const struct tb_route_match *m)
 {
-    struct tb_json_doc doc;
-    struct tb_error e = {0};
-    const char *id = NULL;
-    (void)m;
-    if (tb_api_body(a, req, false, &doc)) return;
-    int rc = tb_json_id(&doc.root, "session_id", true, &req->arena, &id, &e);
-    if (rc == 0) rc = tb_tinker_check_type(&doc.root, "session_heartbeat", &e);
-    tb_json_free(&doc);
-    if (rc == 0) rc = tb_core_heartbeat(tb_api_core(a), id, &e);
-    if (rc) {
-        tb_api_error(req, &e);
-        return;
-    }
     static const char beat[] = "{\"type\":\"session_heartbeat\"}";
-    tb_http_respond(req, 200, "application/json", beat, sizeof(beat) - 1, NULL, 0);
+    struct tb_error e = {0};
+    const char *id = tb_tinker_body_id(a, req, "session_id", "session_heartbeat");
+    (void)m;
+    if (!id) return;
+    if (tb_core_heartbeat(tb_api_core(a), tb_api_who(req), id, &e))
+        tb_api_error(req, &e);
+    else
+        tb_http_respond(req, 200, "application/json", beat, sizeof(beat) - 1, NULL, 0);
 }
 
 void tb_tinker_finish_session(struct tb_api *a, struct tb_http_request *req,
@@ -79,8 +73,8 @@ void tb_tinker_finish_session(struct tb_api *a, struct tb_http_request *req,
         rc = tb_json_string(&doc.root, "detail", false, &req->arena, TB_MAX_METADATA, &detail, &e);
     tb_json_free(&doc);
     if (rc == 0)
-        rc = tb_core_finish_session(tb_api_core(a), tb_api_text(req, m->params[0]), type, detail,
-                                    &e);
+        rc = tb_core_finish_session(tb_api_core(a), tb_api_who(req), tb_api_text(req, m->params[0]),
+                                    type, detail, &e);
     if (rc)
         tb_api_error(req, &e);
     else
@@ -92,34 +86,23 @@ void tb_tinker_finish_session(struct tb_api *a, struct tb_http_request *req,
 void tb_tinker_session_project(struct tb_api *a, struct tb_http_request *req,
                                const struct tb_route_match *m)
 {
-    struct tb_json_doc doc;
-    struct tb_error e = {0};
-    const char *project = NULL;
-    if (tb_api_body(a, req, false, &doc)) return;
-    int rc = tb_json_id(&doc.root, "project_id", true, &req->arena, &project, &e);
-    tb_json_free(&doc);
-    if (rc) {
-        tb_api_error(req, &e);
-        return;
-    }
-    tb_store_set_session_project(tb_core_store(tb_api_core(a)), tb_api_text(req, m->params[0]),
-                                 project, tb_tinker_on_store_done, tb_tinker_call(a, req));
+    const char *project = tb_tinker_body_id(a, req, "project_id", NULL);
+    if (!project) return;
+    tb_store_set_session_project(tb_core_store(tb_api_core(a)), tb_api_tenant(req),
+                                 tb_api_text(req, m->params[0]), project, tb_tinker_on_store_done,
+                                 tb_tinker_call(a, req));
 }
 
 static void on_sessions(void *arg, const struct tb_error *err, const struct tb_session_list *l)
 {
-    struct tb_http_request *req = tb_tinker_call_end(arg, err);
     struct tb_buf b;
     struct tb_json_out j;
+    struct tb_http_request *req = tb_tinker_call_answer(arg, err, &b, &j);
     if (!req) return;
-    tb_api_answer_begin(&b, &j);
     tb_jout_array(&j, "sessions");
     for (int32_t i = 0; i < l->n; i++)
         tb_jout_str(&j, NULL, l->rows[i].id);
-    tb_jout_array_end(&j);
-    tb_tinker_put_cursor(&j, &l->page);
-    tb_jout_object_end(&j);
-    tb_api_answer(req, 200, &b);
+    tb_tinker_list_end(req, &b, &j, &l->page);
 }
 
 void tb_tinker_list_sessions(struct tb_api *a, struct tb_http_request *req,
@@ -128,23 +111,16 @@ void tb_tinker_list_sessions(struct tb_api *a, struct tb_http_request *req,
     int64_t limit, offset;
     (void)m;
     if (tb_tinker_query_page(req, 20, &limit, &offset)) return;
-    tb_store_list_sessions(tb_core_store(tb_api_core(a)), offset, limit, on_sessions,
-                           tb_tinker_call(a, req));
+    tb_store_list_sessions(tb_core_store(tb_api_core(a)), tb_api_tenant(req), offset, limit,
+                           on_sessions, tb_tinker_call(a, req));
 }
 
 static void on_session(void *arg, const struct tb_error *err, const struct tb_session_list *l)
 {
-    struct tb_http_request *req = tb_tinker_call_end(arg, err);
     struct tb_buf b;
     struct tb_json_out j;
+    struct tb_http_request *req = tb_tinker_call_answer(arg, err, &b, &j);
     if (!req) return;
-    if (l->n == 0) {
-        struct tb_error e = {0};
-        tb_error_set(&e, TB_ENOTFOUND, "no such session");
-        tb_api_error(req, &e);
-        return;
-    }
-    tb_api_answer_begin(&b, &j);
     tb_jout_array(&j, "training_run_ids");
     for (int32_t i = 0; i < l->n_runs; i++)
         tb_jout_str(&j, NULL, l->run_ids[i]);
@@ -163,6 +139,6 @@ static void on_session(void *arg, const struct tb_error *err, const struct tb_se
 void tb_tinker_get_session(struct tb_api *a, struct tb_http_request *req,
                            const struct tb_route_match *m)
 {
-    tb_store_get_session(tb_core_store(tb_api_core(a)), tb_api_text(req, m->params[0]), on_session,
-                         tb_tinker_call(a, req));
+    tb_store_get_session(tb_core_store(tb_api_core(a)), tb_api_tenant(req),
+                         tb_api_text(req, m->params[0]), on_session, tb_tinker_call(a, req));
 }

@@ -42,9 +42,21 @@ static int make_session(struct submit *s)
 {
     struct tb_session_params p = {.sdk_version = "0.1", .idempotency_key = s->body.idempotency_key};
     const char *id;
-    int rc = tb_core_create_session(tb_api_core(s->a), &p, &id, &s->err);
+    int rc = tb_core_create_session(tb_api_core(s->a), tb_api_who(s->req), &p, &id, &s->err);
     if (rc == 0) s->op->session_id = tb_arena_strdup(&s->op->arena, id);
     return rc;
+}
+
+/* A key of another tenant opens that one's checkpoints. */
+static void find_reader(struct submit *s, struct tb_op *op)
+{
+    struct tb_load_weights *l = &op->u.load_weights;
+    if (op->type != TB_OP_LOAD_WEIGHTS || op->error.code || !l->access_token) return;
+    struct tb_tenant *t = tb_api_key_tenant(s->a, &op->arena, tb_span_str(l->access_token));
+    if (t)
+        l->reader = tb_tenant_name(t);
+    else
+        tb_error_set(&op->error, TB_EFORBIDDEN, "weights_access_token is no key of this server");
 }
 
 static void answer(struct tb_http_request *req, enum tb_op_type type, const struct tb_ticket *t,
@@ -76,9 +88,10 @@ static void finish(struct submit *s)
     if (s->rc == 0) {
         enum tb_op_type type = op->type;
         bool creates = op->model_seq_id >= 0;
+        find_reader(s, op);
         int32_t n_samples = type == TB_OP_SAMPLE ? op->u.sample.n_samples : 0;
         s->op = NULL; /* moves, also when it is refused */
-        s->rc = tb_core_submit(tb_api_core(s->a), op, &t, &s->err);
+        s->rc = tb_core_submit(tb_api_core(s->a), tb_api_who(s->req), op, &t, &s->err);
         if (s->rc == 0) answer(s->req, type, &t, creates, n_samples);
     }
     if (s->rc) tb_api_error(s->req, &s->err);

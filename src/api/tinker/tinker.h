@@ -72,7 +72,7 @@ int tb_json_metadata(const struct tb_json *obj, const char *key, bool strings_on
 int tb_json_id(const struct tb_json *obj, const char *key, bool required, struct tb_arena *a,
                const char **out, struct tb_error *err);
 
-/* The body's `type`, when it is sent, must be the literal. */
+/* The body's `type`, when it is sent, must be the literal; NULL: it may be anything. */
 int tb_tinker_check_type(const struct tb_json *root, const char *literal, struct tb_error *err);
 
 /* The frame of JSON ops: the address first (errors there are immediate), then the rest (errors
@@ -155,18 +155,31 @@ TB_HANDLER(tb_tinker_download);
 /* Answers with the folder's files as a tar. (archive.c) */
 void tb_tinker_send_archive(struct tb_api *a, struct tb_http_request *req, const char *dir);
 
-/* ---- calls into the store or core: `tb_tinker_call` as the callback's arg; its end gives the
- * request back, or answers the error and gives NULL. The api object may go with the end. */
+/* ---- call.c. Calls into the store or core: `tb_tinker_call` as the callback's arg; its end gives
+ * the request back, or answers the error and gives NULL. The api object may go with the end. */
 void *tb_tinker_call(struct tb_api *a, struct tb_http_request *req);
+struct tb_http_request *tb_tinker_call_request(void *call, struct tb_api **a); /* until its end */
 struct tb_http_request *tb_tinker_call_end(void *call, const struct tb_error *err);
+/* Its end; when there is a request, an answer has been begun. */
+struct tb_http_request *tb_tinker_call_answer(void *call, const struct tb_error *err,
+                                              struct tb_buf *b, struct tb_json_out *j);
 void tb_tinker_on_store_done(void *call, const struct tb_error *err); /* answers {} */
+/* `key` of the body, an id; the body's `type`, when it is sent, must be the literal. NULL: the
+ * request has been answered. */
+const char *tb_tinker_body_id(struct tb_api *a, struct tb_http_request *req, const char *key,
+                              const char *literal);
+/* N of a Python SDK 0.N, which says so; INT_MAX for others. */
+int tb_tinker_sdk_minor(const struct tb_http_request *req);
+bool tb_tinker_is_tinkex(const struct tb_http_request *req);
 /* ?limit=&offset=; on failure the request has been answered */
 int tb_tinker_query_page(struct tb_http_request *req, int64_t otherwise, int64_t *limit,
                          int64_t *offset);
 void tb_tinker_put_time(struct tb_json_out *j, const char *key, int64_t us);
 void tb_tinker_put_metadata(struct tb_json_out *j,
                             const char *json); /* "user_metadata", or nothing */
-void tb_tinker_put_cursor(struct tb_json_out *j, const struct tb_page *p);
+/* Ends the answer's array of rows, tells the page, and sends. */
+void tb_tinker_list_end(struct tb_http_request *req, struct tb_buf *b, struct tb_json_out *j,
+                        const struct tb_page *p);
 
 void tb_tinker_downloads_fini(struct tb_api *a);
 

@@ -64,17 +64,12 @@ static const char *tokenizer_id(struct tb_api *a, const struct tb_model_answer *
 void tb_tinker_get_info(struct tb_api *a, struct tb_http_request *req,
                         const struct tb_route_match *m)
 {
-    struct tb_json_doc doc;
     struct tb_error e = {0};
     struct tb_model_answer info = {0};
-    const char *id = NULL;
+    const char *id = tb_tinker_body_id(a, req, "model_id", "get_info");
     (void)m;
-    if (tb_api_body(a, req, false, &doc)) return;
-    int rc = tb_json_id(&doc.root, "model_id", true, &req->arena, &id, &e);
-    if (rc == 0) rc = tb_tinker_check_type(&doc.root, "get_info", &e);
-    tb_json_free(&doc);
-    if (rc == 0) rc = tb_core_model_info(tb_api_core(a), id, &info, &e);
-    if (rc) {
+    if (!id) return;
+    if (tb_core_model_info(tb_api_core(a), tb_api_who(req), id, &info, &e)) {
         tb_api_error(req, &e);
         return;
     }

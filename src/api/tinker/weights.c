@@ -33,11 +33,10 @@ void tb_tinker_load_weights(struct tb_api *a, struct tb_http_request *req,
 
 static void on_ckpt(void *arg, const struct tb_error *err, const struct tb_ckpt_row *row)
 {
-    struct tb_http_request *req = tb_tinker_call_end(arg, err);
     struct tb_buf b;
     struct tb_json_out j;
+    struct tb_http_request *req = tb_tinker_call_answer(arg, err, &b, &j);
     if (!req) return;
-    tb_api_answer_begin(&b, &j);
     tb_jout_str(&j, "base_model", row->base_model);
     tb_jout_bool(&j, "is_lora", true);
     tb_jout_int(&j, "lora_rank", row->lora.rank);
@@ -54,17 +53,14 @@ static void on_ckpt(void *arg, const struct tb_error *err, const struct tb_ckpt_
 void tb_tinker_weights_info(struct tb_api *a, struct tb_http_request *req,
                             const struct tb_route_match *m)
 {
-    struct tb_json_doc doc;
     struct tb_error e = {0};
     struct tb_tinker_path p;
-    const char *path = NULL;
+    const char *path = tb_tinker_body_id(a, req, "tinker_path", NULL);
     (void)m;
-    if (tb_api_body(a, req, false, &doc)) return;
-    int rc = tb_json_string(&doc.root, "tinker_path", true, &req->arena, 4096, &path, &e);
-    tb_json_free(&doc);
-    if (rc == 0) rc = tb_tinker_path_parse(path, strlen(path), &p, &e);
-    if (rc)
+    if (!path) return;
+    if (tb_tinker_path_parse(path, strlen(path), &p, &e))
         tb_api_error(req, &e);
     else
-        tb_store_get_ckpt(tb_core_store(tb_api_core(a)), path, on_ckpt, tb_tinker_call(a, req));
+        tb_store_get_ckpt(tb_core_store(tb_api_core(a)), tb_api_tenant(req), path, on_ckpt,
+                          tb_tinker_call(a, req));
 }

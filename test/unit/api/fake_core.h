@@ -11,8 +11,13 @@
 #include "core/core.h"
 #include "util/mem.h"
 
+struct tb_tenant {
+    char name[64];
+};
+
 struct tb_core {
-    struct tb_feed_waiter *feed; /* a poll that waits */
+    struct tb_tenant tenants[4], *who; /* all; of the last call */
+    struct tb_feed_waiter *feed;       /* a poll that waits */
     int64_t feed_clone;
     uint64_t feed_prev, feed_timeout;
     int n_feed_unwaits;
@@ -28,9 +33,24 @@ struct tb_core {
 
 static struct tb_core fake;
 
-int tb_core_create_session(struct tb_core *c, const struct tb_session_params *p, const char **id,
-                           struct tb_error *err)
+struct tb_tenant *tb_core_tenant(struct tb_core *c, const char *name)
 {
+    struct tb_tenant *t = c->tenants;
+    while (t->name[0] && strcmp(t->name, name))
+        t++;
+    snprintf(t->name, sizeof(t->name), "%s", name);
+    return t;
+}
+
+const char *tb_tenant_name(const struct tb_tenant *t)
+{
+    return t->name;
+}
+
+int tb_core_create_session(struct tb_core *c, struct tb_tenant *who,
+                           const struct tb_session_params *p, const char **id, struct tb_error *err)
+{
+    c->who = who;
     (void)err;
     c->n_sessions++;
     snprintf(c->session_key, sizeof(c->session_key), "%s",
@@ -39,22 +59,26 @@ int tb_core_create_session(struct tb_core *c, const struct tb_session_params *p,
     return 0;
 }
 
-int tb_core_heartbeat(struct tb_core *c, const char *id, struct tb_error *err)
+int tb_core_heartbeat(struct tb_core *c, struct tb_tenant *who, const char *id,
+                      struct tb_error *err)
 {
-    (void)c;
+    c->who = who;
     return strcmp(id, "sess-1") ? tb_error_set(err, TB_EGONE, "session %s is gone", id) : 0;
 }
 
-int tb_core_finish_session(struct tb_core *c, const char *id, const char *reason,
-                           const char *detail, struct tb_error *err)
+int tb_core_finish_session(struct tb_core *c, struct tb_tenant *who, const char *id,
+                           const char *reason, const char *detail, struct tb_error *err)
 {
+    c->who = who;
     if (strcmp(id, "sess-1")) return tb_error_set(err, TB_ENOTFOUND, "no session %s", id);
     snprintf(c->finish_reason, sizeof(c->finish_reason), "%s/%s", reason, detail ? detail : "-");
     return 0;
 }
 
-int tb_core_submit(struct tb_core *c, struct tb_op *op, struct tb_ticket *out, struct tb_error *err)
+int tb_core_submit(struct tb_core *c, struct tb_tenant *who, struct tb_op *op,
+                   struct tb_ticket *out, struct tb_error *err)
 {
+    c->who = who;
     tb_op_destroy(c->op);
     c->op = NULL;
     if (c->refuse.code) {
@@ -70,8 +94,10 @@ int tb_core_submit(struct tb_core *c, struct tb_op *op, struct tb_ticket *out, s
     return 0;
 }
 
-void tb_core_wait(struct tb_core *c, const char *id, size_t n, struct tb_waiter *w)
+void tb_core_wait(struct tb_core *c, struct tb_tenant *who, const char *id, size_t n,
+                  struct tb_waiter *w)
 {
+    c->who = who;
     c->n_waits++;
     snprintf(c->last_id, sizeof(c->last_id), "%.*s", (int)n, id);
     c->waiter = w;
@@ -108,34 +134,37 @@ void tb_core_delivered(struct tb_core *c, const char *id, size_t n)
     c->n_delivered++;
 }
 
-int tb_core_model_info(struct tb_core *c, const char *id, struct tb_model_answer *out,
-                       struct tb_error *err)
+int tb_core_model_info(struct tb_core *c, struct tb_tenant *who, const char *id,
+                       struct tb_model_answer *out, struct tb_error *err)
 {
-    (void)c;
+    c->who = who;
     if (strcmp(id, "sess-1:train:0")) return tb_error_set(err, TB_ENOTFOUND, "no model %s", id);
     *out = (struct tb_model_answer){
         .model_id = "sess-1:train:0", .base_model = "tiny", .arch = "llama", .lora = {.rank = 8}};
     return 0;
 }
 
-void tb_core_create_sampling_session(struct tb_core *c, const struct tb_sampling_session_params *p,
+void tb_core_create_sampling_session(struct tb_core *c, struct tb_tenant *who,
+                                     const struct tb_sampling_session_params *p,
                                      tb_core_sampler_cb cb, void *arg)
 {
-    (void)c;
+    c->who = who;
     struct tb_error e = {0};
     if (p->base_model && strcmp(p->base_model, "tiny"))
         tb_error_set(&e, TB_EINVAL, "no base model %s", p->base_model);
     cb(arg, &e, "sess-1:sample:1");
 }
 
-void tb_core_cancel(struct tb_core *c, const char *id, size_t n)
+void tb_core_cancel(struct tb_core *c, struct tb_tenant *who, const char *id, size_t n)
 {
+    c->who = who;
     snprintf(c->canceled, sizeof(c->canceled), "%.*s", (int)n, id);
 }
 
-void tb_core_feed_wait(struct tb_core *c, const char *sampler, int64_t clone, uint64_t prev,
-                       uint64_t timeout_ms, struct tb_feed_waiter *w)
+void tb_core_feed_wait(struct tb_core *c, struct tb_tenant *who, const char *sampler, int64_t clone,
+                       uint64_t prev, uint64_t timeout_ms, struct tb_feed_waiter *w)
 {
+    c->who = who;
     c->feed_clone = clone;
     c->feed_prev = prev;
     c->feed_timeout = timeout_ms;
@@ -154,16 +183,17 @@ void tb_core_feed_unwait(struct tb_core *c, struct tb_feed_waiter *w)
     c->feed = NULL;
 }
 
-void tb_core_retrieved(struct tb_core *c, const char *id, size_t n)
+void tb_core_retrieved(struct tb_core *c, struct tb_tenant *who, const char *id, size_t n)
 {
+    c->who = who;
     size_t at = strlen(c->retrieved);
     snprintf(c->retrieved + at, sizeof(c->retrieved) - at, "%.*s ", (int)n, id);
 }
 
-int tb_core_join_sampling_session(struct tb_core *c, const char *sampler, int64_t *clone,
-                                  struct tb_error *err)
+int tb_core_join_sampling_session(struct tb_core *c, struct tb_tenant *who, const char *sampler,
+                                  int64_t *clone, struct tb_error *err)
 {
-    (void)c;
+    c->who = who;
     *clone = 7;
     return strcmp(sampler, "sess-1:sample:1") ? tb_error_set(err, TB_EGONE, "no %s", sampler) : 0;
 }

@@ -11,7 +11,7 @@
 struct reply {
     bool done;
     int status;
-    char type[64], allow[64], retry[16];
+    char type[64], allow[64], authenticate[64], retry[16];
     char *body;
     size_t n;
 };
@@ -28,10 +28,11 @@ static void on_reply(void *arg, const struct tb_http_reply *r)
     last.done = true;
     last.status = r->status;
     for (size_t i = 0; i < r->n_headers; i++) {
-        char *to = tb_span_ieq(r->headers[i].name, "Content-Type")  ? last.type
-                   : tb_span_ieq(r->headers[i].name, "Allow")       ? last.allow
-                   : tb_span_ieq(r->headers[i].name, "Retry-After") ? last.retry
-                                                                    : NULL;
+        char *to = tb_span_ieq(r->headers[i].name, "Content-Type")       ? last.type
+                   : tb_span_ieq(r->headers[i].name, "Allow")            ? last.allow
+                   : tb_span_ieq(r->headers[i].name, "WWW-Authenticate") ? last.authenticate
+                   : tb_span_ieq(r->headers[i].name, "Retry-After")      ? last.retry
+                                                                         : NULL;
         size_t room = to == last.retry ? sizeof(last.retry) : sizeof(last.type);
         if (to) snprintf(to, room, "%.*s", (int)r->headers[i].value.n, r->headers[i].value.p);
     }
@@ -98,22 +99,27 @@ static void expect_error(int status, const char *text, const char *category)
 
 static void put_rows(struct tb_store *s)
 {
-    struct tb_session_row session = {.id = "sess-1",
+    struct tb_session_row session = {.tenant = TB_TENANT_DEFAULT,
+                                     .id = "sess-1",
                                      .tags_json = "[]",
                                      .user_metadata_json = "{\"a\":1}",
                                      .display_name = "d",
                                      .created_us = 1000000,
                                      .last_seen_us = 1000000,
                                      .status = "active"};
-    struct tb_run_row run = {.id = "sess-1:train:0",
+    struct tb_run_row run = {.tenant = TB_TENANT_DEFAULT,
+                             .id = "sess-1:train:0",
                              .session_id = "sess-1",
                              .base_model = "tiny",
                              .lora = {.rank = 8, .alpha = 32, .train_attn = true},
                              .user_metadata_json = "{\"s\":\"x\",\"n\":1,\"o\":{\"k\":[1]}}",
                              .created_us = 1000000,
                              .last_request_us = 1700000000123456};
-    struct tb_sampler_row sampler = {
-        .id = "sess-1:sample:1", .session_id = "sess-1", .base_model = "tiny", .created_us = 1};
+    struct tb_sampler_row sampler = {.tenant = TB_TENANT_DEFAULT,
+                                     .id = "sess-1:sample:1",
+                                     .session_id = "sess-1",
+                                     .base_model = "tiny",
+                                     .created_us = 1};
     tb_store_put_session(s, &session);
     tb_store_put_run(s, &run);
     tb_store_put_sampler(s, &sampler);
@@ -129,7 +135,8 @@ static void on_written(void *arg, const struct tb_error *err, const struct tb_ck
 static void write_ckpt(enum tb_ckpt_kind kind, const char *name)
 {
     bool done = false;
-    struct tb_ckpt_write w = {.run_id = "sess-1:train:0", .name = name, .kind = kind};
+    struct tb_ckpt_write w = {
+        .tenant = TB_TENANT_DEFAULT, .run_id = "sess-1:train:0", .name = name, .kind = kind};
     struct tb_adapter_state *state = make_state(2, 1, kind == TB_CKPT_TRAINING);
     tb_store_write_ckpt(fake.store, &w, state, on_written, &done);
     RUN_UNTIL(&loop, done);
@@ -138,7 +145,7 @@ static void write_ckpt(enum tb_ckpt_kind kind, const char *name)
 static int set_up(void **state)
 {
     (void)state;
-    static const char *const keys[] = {"tml-other", "tml-one"};
+    static const char *const keys[] = {"tml-other=them", "tml-one"};
     struct tb_error e = {0};
     assert_int_equal(uv_loop_init(&loop), 0);
     dir = make_dir();
@@ -722,13 +729,47 @@ static void test_copies_and_search(void **state)
     expect(
         200,
         "{\"sessions\":[{\"session_id\":\"sess-1\",\"created_at\":\"1970-01-01T00:00:01.000000Z\","
-        "\"owner\":\"local\",\"project_id\":\"default\",\"status\":{\"type\":\"active\"},"
+        "\"owner\":\"default\",\"project_id\":\"default\",\"status\":{\"type\":\"active\"},"
         "\"checkpoints_count\":0,\"checkpoint_storage_bytes\":0,\"display_name\":\"d\","
         "\"user_metadata\":{\"a\":\"1\"}}]}");
     get("audit");
     expect(200, "{\"entries\":[]}");
-    post("auth/token", "{}");
-    expect_part(404, "send the API key itself");
+}
+
+static void test_tenants(void **state)
+{
+    (void)state;
+    static const struct tb_http_field other = {"X-API-Key", "tml-other"},
+                                      none = {"X-API-Key", "tml-otherr"};
+    char token[1024];
+    get("auth/apikey/me");
+    expect_part(200, "{\"key_id\":1,\"name\":\"default\"");
+    call_with(TB_HTTP_GET, "/api/v1/auth/apikey/me", &other, 1, NULL, 0);
+    expect_part(200, "{\"key_id\":0,\"name\":\"them\"");
+    call_with(TB_HTTP_GET, "/api/v1/sessions", &none, 1, NULL, 0);
+    assert_int_equal(last.status, 401);
+
+    /* what a key is exchanged for is as good as the key */
+    call_with(TB_HTTP_POST, "/api/v1/auth/token", &other, 1, "{}", 2);
+    assert_int_equal(sscanf(last.body, "{\"jwt\":\"%1000[^\"]\"}", token), 1);
+    struct tb_http_field exchanged = {"X-API-Key", token};
+    call_with(TB_HTTP_POST, "/api/v1/session_heartbeat", &exchanged, 1,
+              "{\"session_id\":\"sess-1\"}", 23);
+    assert_int_equal(last.status, 200);
+    assert_string_equal(fake.who->name, "them");
+    call_with(TB_HTTP_GET, "/api/v1/sessions", &exchanged, 1, NULL, 0);
+    expect_part(200, "\"total_count\":0"); /* the rows are the other tenant's */
+    token[strlen(token) - 3] ^= 1;
+    call_with(TB_HTTP_GET, "/api/v1/sessions", &exchanged, 1, NULL, 0);
+    assert_int_equal(last.status, 401);
+    assert_string_equal(last.authenticate, "Bearer error=\"invalid_token\"");
+
+    struct tb_span key, tenant;
+    assert_int_equal(tb_api_key_split("tml-a=b=c", &key, &tenant, NULL), 0);
+    assert_true(tb_span_eq(key, "tml-a=b") && tb_span_eq(tenant, "c"));
+    static const char *const bad[] = {"", "tml-", "sk-x", "tml-a=", "tml-a=b c", "tml-=b"};
+    for (size_t i = 0; i < TB_ARRAY_LEN(bad); i++)
+        assert_int_equal(tb_api_key_split(bad[i], &key, &tenant, NULL), TB_EINVAL);
 }
 
 static void test_batch(void **state)
@@ -803,6 +844,7 @@ int main(void)
         T(test_future_metadata),
         T(test_batch),
         T(test_copies_and_search),
+        T(test_tenants),
         T(test_sampling_sessions),
         T(test_runs),
         T(test_checkpoints),

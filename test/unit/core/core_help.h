@@ -17,6 +17,7 @@ struct env {
     struct tb_store *store;
     struct tb_engine *engine;
     struct tb_core *core;
+    struct tb_tenant *tenant; /* who all calls are made for, unless a test changes it */
     char session[64];
 };
 
@@ -62,7 +63,7 @@ static inline void wait_on(struct env *e, const char *id, struct waited *a)
     memset(a, 0, sizeof(*a));
     a->w.cb = on_wait;
     a->w.arg = a;
-    tb_core_wait(e->core, id, strlen(id), &a->w);
+    tb_core_wait(e->core, e->tenant, id, strlen(id), &a->w);
 }
 
 /* One turn: the loop, then the engine. */
@@ -97,7 +98,7 @@ static inline void settle(struct env *e)
         while (fake_step(e->engine)) {
         }
         a.done = 0;
-        tb_store_set_session_project(e->store, "none", "x", on_done,
+        tb_store_set_session_project(e->store, TB_TENANT_DEFAULT, "none", "x", on_done,
                                      &a); /* a job behind all others */
         RUN_UNTIL(&e->loop, a.done);
     } while (fake_waiting(e->engine));
@@ -108,9 +109,10 @@ static inline void env_open(struct env *e, const struct tb_core_options *o)
     e->store = store_open(&e->loop, e->dir);
     e->engine = fake_engine_create();
     assert_int_equal(tb_core_create(&e->core, &e->loop, e->engine, e->store, o, NULL), 0);
+    e->tenant = tb_core_tenant(e->core, TB_TENANT_DEFAULT);
     struct tb_session_params p = {0};
     const char *id;
-    assert_int_equal(tb_core_create_session(e->core, &p, &id, NULL), 0);
+    assert_int_equal(tb_core_create_session(e->core, e->tenant, &p, &id, NULL), 0);
     copy_text(e->session, sizeof(e->session), id);
 }
 
@@ -220,7 +222,7 @@ static inline struct tb_op *op_sample(const char *sampler, int64_t seq)
 static inline int submit(struct env *e, struct tb_op *op, char out[400], struct tb_error *err)
 {
     struct tb_ticket t;
-    int rc = tb_core_submit(e->core, op, &t, err);
+    int rc = tb_core_submit(e->core, e->tenant, op, &t, err);
     if (!rc) copy_text(out, 400, t.request_id);
     return rc;
 }
@@ -261,7 +263,7 @@ static inline struct opened open_sampler(struct env *e, const char *session, int
     struct opened o = {0};
     struct tb_sampling_session_params p = {
         .session_id = session, .seq_id = seq, .base_model = base, .model_path = path};
-    tb_core_create_sampling_session(e->core, &p, on_opened, &o);
+    tb_core_create_sampling_session(e->core, e->tenant, &p, on_opened, &o);
     RUN_UNTIL(&e->loop, o.calls); /* without the engine: loading is not waited for */
     return o;
 }

@@ -31,7 +31,7 @@ static void poll_feed(struct env *e, const char *sampler, int64_t clone, uint64_
     memset(f, 0, sizeof(*f));
     f->w.cb = on_feed;
     f->w.arg = f;
-    tb_core_feed_wait(e->core, sampler, clone, prev, timeout_ms, &f->w);
+    tb_core_feed_wait(e->core, e->tenant, sampler, clone, prev, timeout_ms, &f->w);
 }
 
 static int setup(void **state)
@@ -100,8 +100,8 @@ static void test_cursor(void **state)
     struct waited a = result(e, r[1]); /* acknowledged is not freed */
     assert_int_equal(a.state, TB_FUTURE_DONE);
     assert_int_equal(stats(e).futures_done, 3);
-    tb_core_retrieved(e->core, r[1], strlen(r[1]));
-    tb_core_retrieved(e->core, r[1], strlen(r[1]));
+    tb_core_retrieved(e->core, e->tenant, r[1], strlen(r[1]));
+    tb_core_retrieved(e->core, e->tenant, r[1], strlen(r[1]));
     assert_int_equal(stats(e).futures_done, 2);
     assert_int_equal(result(e, r[1]).state, TB_FUTURE_GONE);
     assert_int_equal(result(e, r[2]).state, TB_FUTURE_DONE);
@@ -126,9 +126,9 @@ static void test_held(void **state)
     must_submit(e, op_sample(id, 1), r);
     assert_int_equal(result(e, r).state, TB_FUTURE_DONE);
     struct waited a = {.w = {.cb = hold_it, .arg = &a}};
-    tb_core_wait(e->core, r, strlen(r), &a.w);
+    tb_core_wait(e->core, e->tenant, r, strlen(r), &a.w);
     assert_int_equal(a.calls, 1);
-    tb_core_retrieved(e->core, r, strlen(r));
+    tb_core_retrieved(e->core, e->tenant, r, strlen(r));
     assert_int_equal(stats(e).futures_done, 1);
     assert_int_equal(held->seq_id, 1);
     tb_core_release(held);
@@ -165,7 +165,7 @@ static void test_clones(void **state)
     struct tb_error err = {0};
     struct fed f0, f1;
     sampler_and(e, 1, id, r);
-    assert_int_equal(tb_core_join_sampling_session(e->core, id, &clone, &err), 0);
+    assert_int_equal(tb_core_join_sampling_session(e->core, e->tenant, id, &clone, &err), 0);
     assert_int_equal(clone, 1);
     must_submit(e, op_sample(id, 2 * TB_CLONE_BLOCK), r2); /* a block that was not asked for */
     must_submit(e, op_sample(id, TB_CLONE_BLOCK + 5), r1);
@@ -177,12 +177,13 @@ static void test_clones(void **state)
     assert_int_equal(f0.n, 1);
     assert_string_equal(f1.first, r1);
     assert_int_equal(f1.cursor, 1);
-    assert_int_equal(tb_core_join_sampling_session(e->core, id, &clone, &err), 0);
+    assert_int_equal(tb_core_join_sampling_session(e->core, e->tenant, id, &clone, &err), 0);
     assert_int_equal(clone, 3);
-    assert_int_equal(tb_core_join_sampling_session(e->core, "x", &clone, &err), TB_ENOTFOUND);
-    assert_int_equal(
-        tb_core_join_sampling_session(e->core, "sess-0123456789abcdef:sample:0", &clone, &err),
-        TB_EGONE);
+    assert_int_equal(tb_core_join_sampling_session(e->core, e->tenant, "x", &clone, &err),
+                     TB_ENOTFOUND);
+    assert_int_equal(tb_core_join_sampling_session(e->core, e->tenant,
+                                                   "sess-0123456789abcdef:sample:0", &clone, &err),
+                     TB_EGONE);
 }
 
 static void test_cancel(void **state)
@@ -199,16 +200,16 @@ static void test_cancel(void **state)
     must_submit(e, op_sample(id, 3), r[1]);
     must_submit(e, op_fb(model, 1, 1, NULL), train);
     wait_on(e, r[0], &a);
-    tb_core_cancel(e->core, r[0], strlen(r[0]));
-    tb_core_cancel(e->core, train, strlen(train)); /* training goes on */
-    tb_core_cancel(e->core, "none", 4);
+    tb_core_cancel(e->core, e->tenant, r[0], strlen(r[0]));
+    tb_core_cancel(e->core, e->tenant, train, strlen(train)); /* training goes on */
+    tb_core_cancel(e->core, e->tenant, "none", 4);
     while (fake_step(e->engine)) {
     }
     assert_int_equal(a.calls, 1);
     assert_int_equal(a.err.code, TB_ECANCELED);
     assert_int_equal(result(e, train).state, TB_FUTURE_DONE);
     assert_int_equal(result(e, r[1]).state, TB_FUTURE_DONE);
-    tb_core_cancel(e->core, r[1], strlen(r[1])); /* too late */
+    tb_core_cancel(e->core, e->tenant, r[1], strlen(r[1])); /* too late */
     assert_int_equal(result(e, r[1]).state, TB_FUTURE_DONE);
     poll_feed(e, id, 0, 2, 0, &f);
     assert_int_equal(f.n, 2);
@@ -225,7 +226,7 @@ static void test_cancel_waiting(void **state)
     copy_text(path, sizeof(path), result(e, r).path);
     struct opened o = open_sampler(e, e->session, 0, NULL, path);
     must_submit(e, op_sample(o.id, 0), r);
-    tb_core_cancel(e->core, r, strlen(r));
+    tb_core_cancel(e->core, e->tenant, r, strlen(r));
     struct waited a;
     wait_on(e, r, &a);
     assert_int_equal(a.calls, 1);
@@ -250,7 +251,7 @@ static void test_ends(void **state)
     assert_int_equal(f.calls, 0);
     poll_feed(e, id, 0, 0, UINT64_MAX, &f);
     poll_feed(e, id, 1, 0, UINT64_MAX, &g);
-    tb_core_finish_session(e->core, e->session, "success", NULL, NULL);
+    tb_core_finish_session(e->core, e->tenant, e->session, "success", NULL, NULL);
     assert_int_equal(f.calls, 1);
     assert_int_equal(f.code, TB_EGONE);
     assert_int_equal(g.code, TB_EGONE);
@@ -264,7 +265,7 @@ static void test_ends(void **state)
 
     struct tb_session_params p = {0};
     const char *session;
-    assert_int_equal(tb_core_create_session(e->core, &p, &session, NULL), 0);
+    assert_int_equal(tb_core_create_session(e->core, e->tenant, &p, &session, NULL), 0);
     copy_text(id, sizeof(id), open_sampler(e, session, 0, "m0", NULL).id);
     poll_feed(e, id, 0, 0, UINT64_MAX, &drained);
     tb_core_drain(e->core);

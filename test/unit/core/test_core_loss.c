@@ -84,7 +84,7 @@ static void test_refused(void **state)
     struct tb_session_params p = {0};
     const char *id;
     char session[64], stranger[100];
-    assert_int_equal(tb_core_create_session(e.core, &p, &id, NULL), 0);
+    assert_int_equal(tb_core_create_session(e.core, e.tenant, &p, &id, NULL), 0);
     copy_text(session, sizeof(session), id);
     must_submit(&e, op_create(session, 0, 8), r);
     copy_text(stranger, sizeof(stranger), result(&e, r).model);
@@ -119,7 +119,7 @@ static void test_end(void **state)
     must_submit(&e, op_loss(e.session, 1, "12"), r);
     struct waited a;
     wait_on(&e, r, &a);
-    assert_int_equal(tb_core_finish_session(e.core, e.session, "success", NULL, NULL), 0);
+    assert_int_equal(tb_core_finish_session(e.core, e.tenant, e.session, "success", NULL, NULL), 0);
     settle(&e);
     assert_int_equal(fake_losses(e.engine), 0);
     assert_int_equal(a.calls, 1);

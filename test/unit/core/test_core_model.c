@@ -38,13 +38,13 @@ static void test_create(void **state)
     assert_string_equal(req, again);
 
     struct tb_model_answer info;
-    assert_int_equal(tb_core_model_info(e->core, id, &info, &err), 0);
+    assert_int_equal(tb_core_model_info(e->core, e->tenant, id, &info, &err), 0);
     assert_string_equal(info.base_model, "m0");
     assert_string_equal(info.tokenizer_id, "tok0");
     assert_string_equal(info.optimizer, "adamw");
     assert_int_equal(info.lora.rank, 8);
     assert_true(info.lora.alpha == 32);
-    assert_int_equal(tb_core_model_info(e->core, "none", &info, &err), TB_ENOTFOUND);
+    assert_int_equal(tb_core_model_info(e->core, e->tenant, "none", &info, &err), TB_ENOTFOUND);
 
     struct tb_op *op = op_create(e->session, 1, 8);
     op->u.create_model.base_model = "unknown";
@@ -336,7 +336,7 @@ static void test_create_by_load(void **state)
     a = result(e, again);
     assert_true(a.metric == (double)fake_next_param(fake_next_param(0, 7), 2));
     struct tb_model_answer info;
-    assert_int_equal(tb_core_model_info(e->core, id2, &info, NULL), 0);
+    assert_int_equal(tb_core_model_info(e->core, e->tenant, id2, &info, NULL), 0);
     assert_int_equal(info.lora.rank, 8);
     assert_true(info.lora.train_mlp && !info.lora.train_attn);
 
@@ -375,7 +375,7 @@ static void test_creation_failure(void **state)
     must_submit(e, op_fb(id, 12, 1, NULL), r);
     assert_string_equal(result(e, r).err.msg, a.err.msg);
     assert_int_equal(fake_done(e->engine, TB_TASK_TRAIN), 0);
-    assert_int_equal(tb_core_model_info(e->core, id, &(struct tb_model_answer){0}, NULL),
+    assert_int_equal(tb_core_model_info(e->core, e->tenant, id, &(struct tb_model_answer){0}, NULL),
                      TB_ENOMEM);
     /* a creation that the decoder refused is one that failed */
     struct tb_op *op = op_create(e->session, 1, 8);

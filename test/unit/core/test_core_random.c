@@ -150,7 +150,7 @@ static void one_schedule(struct env *e, int round)
     int n = 1 + (int)pick(MODELS);
     struct tb_session_params sp = {0};
     const char *sid;
-    tb_core_create_session(e->core, &sp, &sid, NULL);
+    tb_core_create_session(e->core, e->tenant, &sp, &sid, NULL);
     copy_text(e->session, sizeof(e->session), sid);
     for (int k = 0; k < n; k++) {
         memset(&p[k], 0, sizeof(p[k]));
@@ -171,7 +171,7 @@ static void one_schedule(struct env *e, int round)
         fake_step_any(e->engine, pick(1000));
     for (int k = 0; k < n; k++)
         check_program(e, &p[k], round);
-    tb_core_finish_session(e->core, e->session, "success", NULL, NULL);
+    tb_core_finish_session(e->core, e->tenant, e->session, "success", NULL, NULL);
 }
 
 static void test_schedules(void **state)

@@ -132,7 +132,7 @@ static void test_ephemeral(void **state)
     assert_string_not_equal(b.sampler, o.id);
     settle(e);
     assert_int_equal(fake_versions(e->engine), 3);
-    tb_core_finish_session(e->core, e->session, "success", NULL, NULL);
+    tb_core_finish_session(e->core, e->tenant, e->session, "success", NULL, NULL);
     settle(e);
     assert_int_equal(fake_versions(e->engine), 0);
     assert_int_equal(stats(e).samplers, 0);
@@ -175,7 +175,7 @@ static void test_sharing(void **state)
     struct tb_session_params p = {0};
     const char *other;
     char second[64];
-    tb_core_create_session(e->core, &p, &other, NULL);
+    tb_core_create_session(e->core, e->tenant, &p, &other, NULL);
     copy_text(second, sizeof(second), other);
     struct opened a = open_sampler(e, e->session, 0, NULL, path);
     struct opened b = open_sampler(e, second, 0, NULL, path);
@@ -191,10 +191,10 @@ static void test_sharing(void **state)
     struct opened c = open_sampler(e, second, 1, NULL, path);
     assert_int_equal(sample(e, c.id, 0), fake_next_param(0, 5));
     assert_int_equal(fake_done(e->engine, TB_TASK_VERSION_LOAD), 1);
-    tb_core_finish_session(e->core, e->session, "success", NULL, NULL);
+    tb_core_finish_session(e->core, e->tenant, e->session, "success", NULL, NULL);
     settle(e);
     assert_int_equal(fake_versions(e->engine), 1);
-    tb_core_finish_session(e->core, second, "success", NULL, NULL);
+    tb_core_finish_session(e->core, e->tenant, second, "success", NULL, NULL);
     settle(e);
     assert_int_equal(fake_versions(e->engine), 0);
 }
@@ -326,8 +326,8 @@ static void test_finish(void **state)
     wait_on(e, r2, &b);
     struct tb_sampling_session_params p = {
         .session_id = e->session, .seq_id = 2, .model_path = path};
-    tb_core_create_sampling_session(e->core, &p, on_opened, &late);
-    tb_core_finish_session(e->core, e->session, "success", NULL, NULL);
+    tb_core_create_sampling_session(e->core, e->tenant, &p, on_opened, &late);
+    tb_core_finish_session(e->core, e->tenant, e->session, "success", NULL, NULL);
     assert_int_equal(late.calls, 1);
     assert_int_equal(late.code, TB_ECANCELED);
     assert_int_equal(b.state, TB_FUTURE_FAILED);
@@ -358,7 +358,7 @@ static void on_tokens(struct tb_core_stream *s, const struct tb_sampled_token *t
         a->tokens[a->n++] = tokens[i].token;
     if (!a->leave) return;
     tb_core_unstream(a->env->core, s);
-    tb_core_cancel(a->env->core, a->id, strlen(a->id));
+    tb_core_cancel(a->env->core, a->env->tenant, a->id, strlen(a->id));
 }
 
 static void on_end(struct tb_core_stream *s, enum tb_future_state state, const struct tb_op *op)
@@ -367,7 +367,8 @@ static void on_end(struct tb_core_stream *s, enum tb_future_state state, const s
     a->ends++;
     a->state = state;
     a->code = op ? op->error.code : 0;
-    if (state == TB_FUTURE_DONE) tb_core_retrieved(a->env->core, a->id, strlen(a->id));
+    if (state == TB_FUTURE_DONE)
+        tb_core_retrieved(a->env->core, a->env->tenant, a->id, strlen(a->id));
 }
 
 static struct tb_op *op_stream(const char *sampler, int64_t seq)
@@ -381,7 +382,7 @@ static void stream_on(struct env *e, struct streamed *a)
 {
     a->env = e;
     a->s = (struct tb_core_stream){.tokens = on_tokens, .end = on_end, .arg = a};
-    tb_core_stream(e->core, a->id, strlen(a->id), &a->s);
+    tb_core_stream(e->core, e->tenant, a->id, strlen(a->id), &a->s);
 }
 
 static void test_streams(void **state)
@@ -430,7 +431,7 @@ static void test_streams(void **state)
     must_submit(e, op_stream(o.id, 50), d.id);
     d.ends = d.n = 0;
     stream_on(e, &d);
-    tb_core_finish_session(e->core, e->session, "success", NULL, NULL);
+    tb_core_finish_session(e->core, e->tenant, e->session, "success", NULL, NULL);
     settle(e);
     assert_true(d.ends == 1 && d.state == TB_FUTURE_FAILED && d.code == TB_ECANCELED);
 }

@@ -131,30 +131,32 @@ static void test_sessions(void **state)
     const char *id;
     char first[100];
     struct tb_session_params p = {.idempotency_key = "key", .tags_json = "[\"t\"]"};
-    assert_int_equal(tb_core_create_session(e.core, &p, &id, &err), 0);
+    assert_int_equal(tb_core_create_session(e.core, e.tenant, &p, &id, &err), 0);
     copy_text(first, sizeof(first), id);
     assert_null(strchr(first, '/'));
-    assert_int_equal(tb_core_create_session(e.core, &p, &id, &err), 0);
+    assert_int_equal(tb_core_create_session(e.core, e.tenant, &p, &id, &err), 0);
     assert_string_equal(first, id);
     p.idempotency_key = "other";
-    assert_int_equal(tb_core_create_session(e.core, &p, &id, &err), 0);
+    assert_int_equal(tb_core_create_session(e.core, e.tenant, &p, &id, &err), 0);
     assert_string_not_equal(first, id);
     assert_int_equal(stats(&e).sessions, 3);
-    assert_int_equal(tb_core_heartbeat(e.core, first, &err), 0);
-    assert_int_equal(tb_core_heartbeat(e.core, "sess-0123456789abcdef", &err), TB_EGONE);
-    assert_int_equal(tb_core_finish_session(e.core, first, "success", NULL, &err), 0);
-    assert_int_equal(tb_core_finish_session(e.core, first, "errored", "x", &err), 0);
-    assert_int_equal(tb_core_heartbeat(e.core, first, &err), TB_EGONE);
-    assert_int_equal(tb_core_finish_session(e.core, "never", NULL, NULL, &err), TB_ENOTFOUND);
+    assert_int_equal(tb_core_heartbeat(e.core, e.tenant, first, &err), 0);
+    assert_int_equal(tb_core_heartbeat(e.core, e.tenant, "sess-0123456789abcdef", &err), TB_EGONE);
+    assert_int_equal(tb_core_finish_session(e.core, e.tenant, first, "success", NULL, &err), 0);
+    assert_int_equal(tb_core_finish_session(e.core, e.tenant, first, "errored", "x", &err), 0);
+    assert_int_equal(tb_core_heartbeat(e.core, e.tenant, first, &err), TB_EGONE);
+    assert_int_equal(tb_core_finish_session(e.core, e.tenant, "never", NULL, NULL, &err),
+                     TB_ENOTFOUND);
     /* one of before a restart has ended anyway */
-    assert_int_equal(tb_core_finish_session(e.core, "sess-0123456789abcdef", NULL, NULL, &err), 0);
+    assert_int_equal(
+        tb_core_finish_session(e.core, e.tenant, "sess-0123456789abcdef", NULL, NULL, &err), 0);
     char r[400];
     assert_int_equal(submit(&e, op_create(first, 0, 8), r, &err), TB_ENOTFOUND);
     struct opened o = open_sampler(&e, first, 0, "m0", NULL);
     assert_int_equal(o.code, TB_ENOTFOUND);
     /* the key of an ended session opens a new one */
     p.idempotency_key = "key";
-    assert_int_equal(tb_core_create_session(e.core, &p, &id, &err), 0);
+    assert_int_equal(tb_core_create_session(e.core, e.tenant, &p, &id, &err), 0);
     assert_string_not_equal(first, id);
     env_stop(&e);
 }
@@ -173,7 +175,7 @@ static void test_finish(void **state)
     copy_text(old, sizeof(old), r0);
     struct tb_session_params p = {0};
     const char *second;
-    tb_core_create_session(e.core, &p, &second, NULL);
+    tb_core_create_session(e.core, e.tenant, &p, &second, NULL);
     must_submit(&e, op_fb(id, 2, 1, NULL), r1);
     must_submit(&e, op_fb(id, 3, 1, NULL), r2);
     must_submit(&e, op_load(id, 4, "tinker://x/weights/y", false), r3);
@@ -185,7 +187,8 @@ static void test_finish(void **state)
     wait_on(&e, r3, &a3);
     wait_on(&e, r5, &a5);
     fake_begin(e.engine);
-    assert_int_equal(tb_core_finish_session(e.core, e.session, "success", "done", &err), 0);
+    assert_int_equal(tb_core_finish_session(e.core, e.tenant, e.session, "success", "done", &err),
+                     0);
     assert_int_equal(a3.calls, 1);
     assert_int_equal(a3.state, TB_FUTURE_FAILED);
     assert_int_equal(a3.err.code, TB_ECANCELED);
@@ -226,7 +229,7 @@ static void test_finish_while_creating(void **state)
         must_submit(&e, op, r);
         struct waited b;
         wait_on(&e, r, &b);
-        tb_core_finish_session(e.core, e.session, "success", NULL, NULL);
+        tb_core_finish_session(e.core, e.tenant, e.session, "success", NULL, NULL);
         settle(&e);
         settle(&e);
         assert_int_equal(a.state, TB_FUTURE_FAILED);
@@ -249,14 +252,15 @@ static void test_lease(void **state)
     /* work in the engine keeps the session, however long it takes */
     uint64_t until = tb_clock_ms() + 600;
     RUN_UNTIL(&e.loop, tb_clock_ms() > until);
-    assert_int_equal(tb_core_heartbeat(e.core, e.session, NULL), 0);
+    assert_int_equal(tb_core_heartbeat(e.core, e.tenant, e.session, NULL), 0);
     settle(&e);
     wait_on(&e, r, &a);
     assert_int_equal(a.state, TB_FUTURE_DONE);
     /* heartbeats keep it without work */
     until = tb_clock_ms() + 600;
     while (tb_clock_ms() < until) {
-        if (tb_core_heartbeat(e.core, e.session, NULL)) fail_msg("ended in spite of heartbeats");
+        if (tb_core_heartbeat(e.core, e.tenant, e.session, NULL))
+            fail_msg("ended in spite of heartbeats");
         uv_run(&e.loop, UV_RUN_NOWAIT);
     }
     /* a gap keeps it for the lease, then its tail fails and the session ends */
@@ -268,7 +272,7 @@ static void test_lease(void **state)
     while (stats(&e).sessions)
         turn(&e);
     settle(&e);
-    assert_int_equal(tb_core_heartbeat(e.core, e.session, NULL), TB_EGONE);
+    assert_int_equal(tb_core_heartbeat(e.core, e.tenant, e.session, NULL), TB_EGONE);
     assert_int_equal(fake_adapters(e.engine), 0);
     assert_int_equal(stats(&e).models, 0);
     env_stop(&e);
@@ -294,11 +298,11 @@ static void on_reentry(struct tb_waiter *w, enum tb_future_state st, const struc
     assert_int_equal(st, TB_FUTURE_DONE);
     x->calls++;
     if (x->seq == 20) {
-        tb_core_finish_session(x->e->core, x->e->session, "success", NULL, NULL);
+        tb_core_finish_session(x->e->core, x->e->tenant, x->e->session, "success", NULL, NULL);
         return;
     }
     must_submit(x->e, op_fb(x->id, x->seq++, 1, NULL), x->last);
-    tb_core_wait(x->e->core, x->last, strlen(x->last), &x->w);
+    tb_core_wait(x->e->core, x->e->tenant, x->last, strlen(x->last), &x->w);
 }
 
 static void test_reentry(void **state)
@@ -311,7 +315,7 @@ static void test_reentry(void **state)
     x.w.arg = &x;
     make_model(&e, 0, 8, x.id);
     must_submit(&e, op_fb(x.id, 1, 1, NULL), x.last);
-    tb_core_wait(e.core, x.last, strlen(x.last), &x.w);
+    tb_core_wait(e.core, e.tenant, x.last, strlen(x.last), &x.w);
     settle(&e);
     assert_int_equal(x.calls, 19);
     assert_int_equal(fake_adapters(e.engine), 0);
@@ -370,7 +374,7 @@ static void test_close_in_the_middle(void **state)
         struct opened late = {0};
         struct tb_sampling_session_params p = {
             .session_id = e.session, .seq_id = 2, .model_path = path};
-        tb_core_create_sampling_session(e.core, &p, on_opened, &late);
+        tb_core_create_sampling_session(e.core, e.tenant, &p, on_opened, &late);
         struct tb_op *op = op_sample(NULL, -1);
         op->u.sample.model_path = text(op, path);
         must_submit(&e, op, r[n++]);
@@ -405,7 +409,7 @@ static void test_restart(void **state)
     copy_text(old, sizeof(old), e.session);
     env_close(&e);
     env_open(&e, NULL);
-    assert_int_equal(tb_core_heartbeat(e.core, old, &err), TB_EGONE);
+    assert_int_equal(tb_core_heartbeat(e.core, e.tenant, old, &err), TB_EGONE);
     wait_on(&e, r, &a);
     assert_int_equal(a.state, TB_FUTURE_GONE);
     assert_int_equal(submit(&e, op_fb(id, 4, 1, NULL), r, &err), TB_ENOTFOUND);

@@ -207,7 +207,7 @@ static inline struct answer store_load(uv_loop_t *loop, struct tb_store *s, cons
                                        bool optimizer)
 {
     struct answer a = {0};
-    tb_store_read_ckpt(s, path, optimizer, on_state, &a);
+    tb_store_read_ckpt(s, TB_TENANT_DEFAULT, path, optimizer, on_state, &a);
     RUN_UNTIL(loop, a.done);
     return a;
 }

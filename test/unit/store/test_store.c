@@ -50,7 +50,8 @@ static void reopen(struct env *e)
 
 static struct tb_ckpt_write writing(const char *name, enum tb_ckpt_kind kind)
 {
-    return (struct tb_ckpt_write){.run_id = RUN, .name = name, .kind = kind};
+    return (struct tb_ckpt_write){
+        .tenant = TB_TENANT_DEFAULT, .run_id = RUN, .name = name, .kind = kind};
 }
 
 static struct answer save(struct env *e, const char *name, enum tb_ckpt_kind kind, uint64_t seed)
@@ -62,7 +63,7 @@ static struct answer save(struct env *e, const char *name, enum tb_ckpt_kind kin
 static struct answer get(struct env *e, const char *path)
 {
     struct answer a = {0};
-    tb_store_get_ckpt(e->s, path, on_ckpt, &a);
+    tb_store_get_ckpt(e->s, TB_TENANT_DEFAULT, path, on_ckpt, &a);
     RUN_UNTIL(&e->loop, a.done);
     return a;
 }
@@ -175,7 +176,7 @@ static void count_cb(void *arg, const struct tb_error *err, const struct tb_ckpt
 static int64_t n_listed(struct env *e, const char *run)
 {
     int64_t got[3] = {0};
-    tb_store_list_ckpts(e->s, run, 0, 0, count_cb, got);
+    tb_store_list_ckpts(e->s, TB_TENANT_DEFAULT, run, 0, 0, count_cb, got);
     RUN_UNTIL(&e->loop, got[2]);
     if (got[0] >= 0) assert_int_equal(got[0], got[1]);
     return got[0];
@@ -193,28 +194,29 @@ static struct answer simple(struct env *e,
 
 static void call_delete(struct tb_store *s, const char *path, struct answer *a)
 {
-    tb_store_delete_ckpt(s, path, on_done, a);
+    tb_store_delete_ckpt(s, TB_TENANT_DEFAULT, path, on_done, a);
 }
 static void call_publish(struct tb_store *s, const char *path, struct answer *a)
 {
-    tb_store_publish_ckpt(s, path, true, on_done, a);
+    tb_store_publish_ckpt(s, TB_TENANT_DEFAULT, path, true, on_done, a);
 }
 static void call_unpublish(struct tb_store *s, const char *path, struct answer *a)
 {
-    tb_store_publish_ckpt(s, path, false, on_done, a);
+    tb_store_publish_ckpt(s, TB_TENANT_DEFAULT, path, false, on_done, a);
 }
 static void call_ttl(struct tb_store *s, const char *path, struct answer *a)
 {
-    tb_store_set_ckpt_ttl(s, path, 7200, on_done, a);
+    tb_store_set_ckpt_ttl(s, TB_TENANT_DEFAULT, path, 7200, on_done, a);
 }
 static void call_no_ttl(struct tb_store *s, const char *path, struct answer *a)
 {
-    tb_store_set_ckpt_ttl(s, path, 0, on_done, a);
+    tb_store_set_ckpt_ttl(s, TB_TENANT_DEFAULT, path, 0, on_done, a);
 }
 
 static void put_run(struct env *e, const char *id, int64_t us)
 {
-    struct tb_run_row r = {.id = id,
+    struct tb_run_row r = {.tenant = TB_TENANT_DEFAULT,
+                           .id = id,
                            .session_id = "sess-0123456789abcdef",
                            .base_model = "m0",
                            .lora = {.rank = 8, .alpha = 32, .train_mlp = true},
@@ -615,7 +617,7 @@ static void on_sampler(void *arg, const struct tb_error *err, const struct tb_sa
 static struct list list_runs(struct env *e, int64_t offset, int64_t limit)
 {
     struct list l = {0};
-    tb_store_list_runs(e->s, offset, limit, on_runs, &l);
+    tb_store_list_runs(e->s, TB_TENANT_DEFAULT, NULL, offset, limit, on_runs, &l);
     RUN_UNTIL(&e->loop, l.done);
     return l;
 }
@@ -623,7 +625,7 @@ static struct list list_runs(struct env *e, int64_t offset, int64_t limit)
 static struct list list_sessions(struct env *e, int64_t offset, int64_t limit)
 {
     struct list l = {0};
-    tb_store_list_sessions(e->s, offset, limit, on_sessions, &l);
+    tb_store_list_sessions(e->s, TB_TENANT_DEFAULT, offset, limit, on_sessions, &l);
     RUN_UNTIL(&e->loop, l.done);
     return l;
 }
@@ -631,7 +633,7 @@ static struct list list_sessions(struct env *e, int64_t offset, int64_t limit)
 static struct list get_session(struct env *e, const char *id)
 {
     struct list l = {0};
-    tb_store_get_session(e->s, id, on_sessions, &l);
+    tb_store_get_session(e->s, TB_TENANT_DEFAULT, id, on_sessions, &l);
     RUN_UNTIL(&e->loop, l.done);
     return l;
 }
@@ -642,7 +644,8 @@ static void test_rows(void **state)
     char id[80];
     for (int i = 0; i < 5; i++) {
         snprintf(id, sizeof(id), "sess-%d", i);
-        struct tb_session_row r = {.id = id, .created_us = 100 + i, .status = "active"};
+        struct tb_session_row r = {
+            .tenant = TB_TENANT_DEFAULT, .id = id, .created_us = 100 + i, .status = "active"};
         tb_store_put_session(e->s, &r);
         snprintf(id, sizeof(id), "sess-0123456789abcdef:train:%d", i);
         put_run(e, id, 1000 + i);
@@ -660,12 +663,12 @@ static void test_rows(void **state)
     tb_store_end_session(e->s, "sess-4", "client_finished", "success", NULL);
     tb_store_end_session(e->s, "sess-4", "cancelled", NULL, NULL);
     struct answer a = {0};
-    tb_store_set_session_project(e->s, "sess-4", "proj", on_done, &a);
+    tb_store_set_session_project(e->s, TB_TENANT_DEFAULT, "sess-4", "proj", on_done, &a);
     RUN_UNTIL(&e->loop, a.done);
     assert_int_equal(a.err.code, 0);
     assert_string_equal(get_session(e, "sess-4").text, "client_finished/success/proj");
     a.done = 0;
-    tb_store_set_session_project(e->s, "none", "proj", on_done, &a);
+    tb_store_set_session_project(e->s, TB_TENANT_DEFAULT, "none", "proj", on_done, &a);
     RUN_UNTIL(&e->loop, a.done);
     assert_int_equal(a.err.code, TB_ENOTFOUND);
     assert_int_equal(get_session(e, "none").code, TB_ENOTFOUND);
@@ -679,26 +682,32 @@ static void test_rows(void **state)
     save(e, "b", TB_CKPT_TRAINING, 1);
     save(e, "s", TB_CKPT_SAMPLER, 1);
     l = (struct list){0};
-    tb_store_get_run(e->s, RUN, on_runs, &l);
+    tb_store_get_run(e->s, TB_TENANT_DEFAULT, RUN, on_runs, &l);
     RUN_UNTIL(&e->loop, l.done);
     assert_int_equal(l.n, 1);
     assert_string_equal(l.ckpt, "tinker://" RUN "/weights/b");
     assert_string_equal(l.sampler, "tinker://" RUN "/sampler_weights/s");
 
-    struct tb_sampler_row sp = {
-        .id = "sp", .session_id = "sess-0123456789abcdef", .base_model = "m0", .created_us = 1};
+    struct tb_sampler_row sp = {.tenant = TB_TENANT_DEFAULT,
+                                .id = "sp",
+                                .session_id = "sess-0123456789abcdef",
+                                .base_model = "m0",
+                                .created_us = 1};
     tb_store_put_sampler(e->s, &sp);
-    struct tb_session_row r = {.id = "sess-0123456789abcdef", .created_us = 7, .status = "active"};
+    struct tb_session_row r = {.tenant = TB_TENANT_DEFAULT,
+                               .id = "sess-0123456789abcdef",
+                               .created_us = 7,
+                               .status = "active"};
     tb_store_put_session(e->s, &r);
     l = get_session(e, "sess-0123456789abcdef");
     assert_int_equal(l.n_runs, 5);
     assert_int_equal(l.n_samplers, 1);
     l = (struct list){0};
-    tb_store_get_sampler(e->s, "sp", on_sampler, &l);
+    tb_store_get_sampler(e->s, TB_TENANT_DEFAULT, "sp", on_sampler, &l);
     RUN_UNTIL(&e->loop, l.done);
     assert_string_equal(l.text, "sp m0 -");
     l = (struct list){0};
-    tb_store_get_sampler(e->s, "none", on_sampler, &l);
+    tb_store_get_sampler(e->s, TB_TENANT_DEFAULT, "none", on_sampler, &l);
     RUN_UNTIL(&e->loop, l.done);
     assert_int_equal(l.code, TB_ENOTFOUND);
 
@@ -744,13 +753,13 @@ static void test_many_rows(void **state)
     uint64_t t3 = tb_clock_ns();
     assert_int_equal(l.n, 10);
     int64_t got[3] = {0};
-    tb_store_list_ckpts(e->s, NULL, 50000, 100, count_cb, got);
+    tb_store_list_ckpts(e->s, TB_TENANT_DEFAULT, NULL, 50000, 100, count_cb, got);
     RUN_UNTIL(&e->loop, got[2]);
     uint64_t t4 = tb_clock_ns();
     assert_int_equal(got[0], 100);
     assert_int_equal(got[1], N);
     got[2] = 0;
-    tb_store_list_ckpts(e->s, "run-7", 0, 0, count_cb, got);
+    tb_store_list_ckpts(e->s, TB_TENANT_DEFAULT, "run-7", 0, 0, count_cb, got);
     RUN_UNTIL(&e->loop, got[2]);
     uint64_t t5 = tb_clock_ns();
     assert_int_equal(got[0], 100);

@@ -33,6 +33,7 @@ static struct found search(uv_loop_t *loop, struct tb_store *s, struct tb_sessio
 {
     struct found f = {0};
     if (!q.limit) q.limit = 10;
+    if (!q.tenant) q.tenant = TB_TENANT_DEFAULT;
     tb_store_search_sessions(s, &q, on_found, &f);
     RUN_UNTIL(loop, f.done);
     return f;
@@ -42,7 +43,13 @@ static struct answer copy(uv_loop_t *loop, struct tb_store *s, const char *path,
                           int64_t ttl)
 {
     struct answer a = {0};
-    tb_store_copy_ckpt(s, path, run, "sess-b", ttl, on_ckpt, &a);
+    struct tb_ckpt_copy c = {.reader = TB_TENANT_DEFAULT,
+                             .path = path,
+                             .tenant = TB_TENANT_DEFAULT,
+                             .run_id = run,
+                             .session_id = "sess-b",
+                             .ttl_seconds = ttl};
+    tb_store_copy_ckpt(s, &c, on_ckpt, &a);
     RUN_UNTIL(loop, a.done);
     return a;
 }
@@ -50,7 +57,7 @@ static struct answer copy(uv_loop_t *loop, struct tb_store *s, const char *path,
 static void remove_ckpt(uv_loop_t *loop, struct tb_store *s, const char *path)
 {
     struct answer a = {0};
-    tb_store_delete_ckpt(s, path, on_done, &a);
+    tb_store_delete_ckpt(s, TB_TENANT_DEFAULT, path, on_done, &a);
     RUN_UNTIL(loop, a.done);
     assert_int_equal(a.err.code, 0);
 }
@@ -62,7 +69,8 @@ static void test_copy(void **state)
     uv_loop_init(&loop);
     char *dir = make_dir(), src[600], dst[600];
     struct tb_store *s = store_open(&loop, dir);
-    struct tb_ckpt_write w = {.run_id = "sess-a:train:0",
+    struct tb_ckpt_write w = {.tenant = TB_TENANT_DEFAULT,
+                              .run_id = "sess-a:train:0",
                               .name = "c1",
                               .kind = TB_CKPT_TRAINING,
                               .ttl_seconds = 7200,
@@ -115,7 +123,8 @@ static void test_copy(void **state)
 static void put(struct tb_store *s, const char *id, int64_t us, const char *name,
                 const char *project, const char *metadata)
 {
-    struct tb_session_row r = {.id = id,
+    struct tb_session_row r = {.tenant = TB_TENANT_DEFAULT,
+                               .id = id,
                                .created_us = us,
                                .last_seen_us = us,
                                .display_name = name,
@@ -137,7 +146,10 @@ static void test_search(void **state)
     put(s, "sess-c", 200, NULL, "p", NULL);
     put(s, "sess-d", 300, "other", "q", NULL);
     tb_store_end_session(s, "sess-d", "client_finished", "errored", "x");
-    struct tb_ckpt_write w = {.run_id = "sess-x:train:0", .name = "c", .kind = TB_CKPT_TRAINING};
+    struct tb_ckpt_write w = {.tenant = TB_TENANT_DEFAULT,
+                              .run_id = "sess-x:train:0",
+                              .name = "c",
+                              .kind = TB_CKPT_TRAINING};
     struct answer saved = store_save(&loop, s, &w, make_state(4, 1, false));
     assert_int_equal(copy(&loop, s, saved.path, "copy-1:train:0", 0).err.code, 0);
 

@@ -21,13 +21,16 @@ static void child(const char *dir, uint64_t seed)
     for (uint64_t i = 0;; i++) {
         char name[8], path[200];
         snprintf(name, sizeof(name), "c%d", (int)((seed + i) % 3));
-        struct tb_ckpt_write w = {
-            .run_id = RUN, .name = name, .kind = TB_CKPT_TRAINING, .overwrite = true};
+        struct tb_ckpt_write w = {.tenant = TB_TENANT_DEFAULT,
+                                  .run_id = RUN,
+                                  .name = name,
+                                  .kind = TB_CKPT_TRAINING,
+                                  .overwrite = true};
         store_save(&loop, s, &w, make_state(8, seed * 100000 + i, true));
         if (i % 5 == 4) {
             struct answer a = {0};
             snprintf(path, sizeof(path), "tinker://" RUN "/weights/%s", name);
-            tb_store_delete_ckpt(s, path, on_done, &a);
+            tb_store_delete_ckpt(s, TB_TENANT_DEFAULT, path, on_done, &a);
             RUN_UNTIL(&loop, a.done);
         }
     }
@@ -98,7 +101,7 @@ static void test_kill(void **state)
         uv_loop_init(&loop);
         struct tb_store *s = store_open(&loop, dir);
         struct listed l = {0};
-        tb_store_list_ckpts(s, NULL, 0, 0, on_list, &l);
+        tb_store_list_ckpts(s, TB_TENANT_DEFAULT, NULL, 0, 0, on_list, &l);
         RUN_UNTIL(&loop, l.done);
         for (int i = 0; i < l.n; i++) {
             struct answer a = store_load(&loop, s, l.paths[i], true);
