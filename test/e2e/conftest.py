@@ -6,6 +6,7 @@ TB_DAEMON names the binary, so that sanitizer builds can be tested; `-m smoke` i
 """
 
 import os
+import subprocess
 import sys
 
 import pytest
@@ -16,7 +17,7 @@ os.environ.setdefault("TINKER_TELEMETRY", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import daemon as daemon_module  # noqa: E402
-from daemon import Daemon  # noqa: E402
+from daemon import ROOT, Daemon  # noqa: E402
 from random_model import make_model  # noqa: E402
 from tinker_raw import Raw  # noqa: E402
 
@@ -64,6 +65,29 @@ def start(tmp_path, tiny):
     yield make
     for d in started:
         d.stop()
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """A server of the demo model, as the examples want it."""
+    d = Daemon({"demo": os.path.join(ROOT, "examples", "demo-model")}, tmp_path_factory.mktemp("demo") / "data")
+    d.start()
+    yield d
+    d.stop()
+
+
+@pytest.fixture
+def run_example(demo):
+    """run_example(name, arguments…) runs a script of examples/ and gives what it printed."""
+
+    def run(name, *args):
+        env = {**os.environ, "TINKER_BASE_URL": demo.url, "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run([sys.executable, os.path.join(ROOT, "examples", name), *map(str, args)], env=env, text=True,
+                              capture_output=True, timeout=600, check=False)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        return done.stdout
+
+    return run
 
 
 @pytest.fixture
