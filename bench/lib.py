@@ -27,8 +27,8 @@ LOWER_IS_BETTER = ("s", "ms", "us", "MiB", "%")
 
 
 # ---------------------------------------------------------------------------------------------- options
-def arguments(doc, repeat=3, **more):
-    """The options of every script; more: name=help of a script's own."""
+def arguments(doc, repeat=3):
+    """The options of every script."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--daemon", default=find_daemon(), help="the server to measure")
     parser.add_argument("--hf", metavar="PYTHON", help="interpreter with torch, transformers and peft")
@@ -42,8 +42,6 @@ def arguments(doc, repeat=3, **more):
     parser.add_argument("--repeat", type=int, help=f"rounds (default {repeat}, 1 with --quick)")
     parser.add_argument("--quick", action="store_true", help="one round, and less work in it")
     parser.add_argument("--json", metavar="FILE", help="write all values here")
-    for name, text in more.items():
-        parser.add_argument("--" + name, help=text)
     args = parser.parse_args()
     if not args.daemon:
         parser.error("no server found: build it, or name it with --daemon or TB_DAEMON")
@@ -57,6 +55,15 @@ def program(args, name):
     build = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(args.daemon))))
     path = os.path.join(build, "bench", name)
     return path if os.access(path, os.X_OK) else None
+
+
+def load_of(args, port, pid, *words):
+    """What one run of bench/load measured; pid: whose CPU time and memory it takes down."""
+    path = program(args, "load")
+    if not path:
+        sys.exit("bench/load is not built: ninja -C BUILD bench/load")
+    command = [path, *map(str, words), "--port", str(port), "--pid", str(pid)]
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
 def model(args, shape):
