@@ -98,7 +98,10 @@ void tb_core_served_model(const struct tb_core *c, int i, struct tb_served_model
                                     .tokenizer = tb_engine_model_tokenizer(c->engine, i),
                                     .max_context = info->max_context,
                                     .max_rank = info->max_rank,
-                                    .vocab = info->vocab};
+                                    .vocab = info->vocab,
+                                    .n_eos = info->n_eos,
+                                    .eos = info->eos,
+                                    .text = info->tokenizer};
 }
 
 void tb_core_stats(const struct tb_core *c, struct tb_core_stats *out)
@@ -117,10 +120,23 @@ void tb_core_compute_stats(const struct tb_core *c, struct tb_compute_stats *out
                                      .sample_positions = e.sample_rows,
                                      .sampled_tokens = c->sampled_tokens,
                                      .steps = e.steps,
-                                     .tasks_waiting = e.waiting,
-                                     .tasks_running = e.running,
+                                     .kv_pages = e.kv.n_pages,
+                                     .kv_free = e.kv.n_free,
+                                     .kv_cached = e.kv.n_cached,
+                                     .kv_preempted = e.kv.n_preempted,
+                                     .prompt_tokens = e.kv.n_lookup_tokens,
+                                     .prompt_hit_tokens = e.kv.n_hit_tokens,
                                      .busy_us = e.busy_us};
+    static const char *const kinds[] = {
+        [TB_WORK_TRAIN] = "train", [TB_WORK_SAMPLE] = "sample", [TB_WORK_OTHER] = "other"};
+    for (int i = 0; i < TB_N_QUEUES; i++) {
+        const struct tb_work_stats *w = &e.work[i];
+        out->queues[i] = (struct tb_queue_stats){kinds[i], w->waiting, w->running,
+                                                 w->begun, w->wait_us, w->wait_us_max};
+    }
 }
+
+_Static_assert(TB_N_QUEUES == TB_N_WORKS, "a queue for each kind of work");
 
 /* ---- the way out of every entry */
 

@@ -213,6 +213,9 @@ struct tb_engine *tb_core_engine(struct tb_core *c);
 struct tb_served_model {
     const char *name, *dir, *arch, *tokenizer; /* tokenizer: the option or NULL */
     int max_context, max_rank, vocab;
+    int n_eos;
+    const int32_t *eos;
+    const struct tb_tokenizer *text; /* NULL when the folder has no tokenizer.json */
 };
 int tb_core_n_models(const struct tb_core *c);
 void tb_core_served_model(const struct tb_core *c, int i, struct tb_served_model *out);
@@ -223,12 +226,21 @@ struct tb_core_stats {
 };
 void tb_core_stats(const struct tb_core *c, struct tb_core_stats *out);
 
-/* What was computed, for faces. */
+/* What is computed, for faces. */
+struct tb_queue_stats {
+    const char *kind;                     /* "train", "sample", "other" */
+    uint64_t waiting, running;            /* now */
+    uint64_t begun, wait_us, wait_us_max; /* begun, and their time in the queue */
+};
+#define TB_N_QUEUES 3
 struct tb_compute_stats {
     uint64_t train_tokens;
     uint64_t sample_positions; /* of prompts and of what was sampled, without what a cache held */
     uint64_t sampled_tokens;   /* in results */
-    uint64_t steps, tasks_waiting, tasks_running;
+    uint64_t steps;
+    struct tb_queue_stats queues[TB_N_QUEUES];
+    uint64_t kv_pages, kv_free, kv_cached, kv_preempted;
+    uint64_t prompt_tokens, prompt_hit_tokens; /* of samples that began; of these found in pages */
     uint64_t busy_us;
 };
 void tb_core_compute_stats(const struct tb_core *c, struct tb_compute_stats *out);

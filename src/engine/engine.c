@@ -157,6 +157,20 @@ void tb_engine_stats(const struct tb_engine *e, struct tb_engine_stats *out)
     out->sample_rows = atomic_load_explicit(&s->sample_rows, memory_order_relaxed);
     out->steps = atomic_load_explicit(&s->steps, memory_order_relaxed);
     out->busy_us = atomic_load_explicit(&s->busy_us, memory_order_relaxed);
-    out->waiting = atomic_load_explicit(&s->waiting, memory_order_relaxed);
-    out->running = atomic_load_explicit(&s->running, memory_order_relaxed);
+    for (int i = 0; i < TB_N_WORKS; i++) {
+        const struct lane_work_stats *w = &s->work[i];
+        out->work[i] = (struct tb_work_stats){
+            .waiting = atomic_load_explicit(&w->waiting, memory_order_relaxed),
+            .running = atomic_load_explicit(&w->running, memory_order_relaxed),
+            .begun = atomic_load_explicit(&w->begun, memory_order_relaxed),
+            .wait_us = atomic_load_explicit(&w->wait_us, memory_order_relaxed),
+            .wait_us_max = atomic_load_explicit(&w->wait_us_max, memory_order_relaxed)};
+    }
+    for (int m = 0; m < e->n_models; m++)
+        out->kv.n_pages += (uint64_t)tb_engine_model_info(e, m)->kv_pages_total;
+    out->kv.n_free = atomic_load_explicit(&s->kv_free, memory_order_relaxed);
+    out->kv.n_cached = atomic_load_explicit(&s->kv_cached, memory_order_relaxed);
+    out->kv.n_preempted = atomic_load_explicit(&s->kv_preempted, memory_order_relaxed);
+    out->kv.n_lookup_tokens = atomic_load_explicit(&s->lookup_tokens, memory_order_relaxed);
+    out->kv.n_hit_tokens = atomic_load_explicit(&s->hit_tokens, memory_order_relaxed);
 }

@@ -64,7 +64,12 @@ struct tb_task {
     bool canceled;
     struct tb_sampling *sampling;
     struct lane_loss *loss;
-    uint64_t submitted_ms;
+    uint64_t submitted_ns;
+    bool begun; /* it does not wait any more */
+    struct tb_training *training;
+    uint64_t n_tokens; /* of a training op */
+    int32_t n_begun;   /* its data that have been in a step */
+    bool reserved;     /* it has the memory of its gradient */
 };
 
 struct tb_task *tb_task_create(enum tb_task_type type);
@@ -102,10 +107,16 @@ void tb_engine_submit(struct tb_engine *e, struct tb_task *task);
  * comes). Training tasks that have begun run on. */
 void tb_engine_cancel(struct tb_engine *e, struct tb_task *task);
 
+enum tb_work { TB_WORK_TRAIN, TB_WORK_SAMPLE, TB_WORK_OTHER, TB_N_WORKS }; /* kinds of tasks */
+struct tb_work_stats {
+    uint64_t waiting, running;            /* tasks now */
+    uint64_t begun, wait_us, wait_us_max; /* tasks that began, and their time in queues */
+};
 struct tb_engine_stats {
     uint64_t tasks_done[TB_TASK_SAMPLE + 1];
     uint64_t train_tokens, sample_rows, steps; /* sample_rows: prompt and decoding rows computed */
-    uint64_t waiting, running;
+    struct tb_work_stats work[TB_N_WORKS];
+    struct tb_kv_stats kv; /* of all models */
     uint64_t busy_us;
 };
 void tb_engine_stats(const struct tb_engine *e, struct tb_engine_stats *out);

@@ -112,6 +112,7 @@ int lane_create(struct tb_lane **out, uv_loop_t *loop, struct tb_backend *be,
     l->be = be;
     l->models = models;
     l->n_models = n_models;
+    lane_note_pages(l);
     *out = l;
     return 0;
 
@@ -129,8 +130,9 @@ fail:
 void lane_submit(struct tb_lane *l, struct tb_task *t)
 {
     TB_BUG_ON(!l->async_open);
-    t->submitted_ms = uv_hrtime() / 1000000;
-    atomic_fetch_add_explicit(&l->stats.waiting, 1, memory_order_relaxed);
+    t->submitted_ns = uv_hrtime();
+    atomic_fetch_add_explicit(&l->stats.work[lane_work_of(t->type)].waiting, 1,
+                              memory_order_relaxed);
     tb_mailbox_post(&l->inbox, &t->node);
     lane_kick(l);
 }

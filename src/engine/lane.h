@@ -25,6 +25,10 @@ struct lane_adapter {
     int model;
     struct tb_adapter *adapter; /* NULL until created */
     struct tb_list tasks;       /* struct tb_task, in order */
+    uint64_t served;            /* tokens of training; see plan.c */
+    uint64_t round;             /* of the last step that served it */
+    struct tb_task *next;       /* while a step is planned: whose datum is next, or NULL */
+    bool in_step;               /* it has data in the step */
 };
 
 struct lane_version {
@@ -40,10 +44,15 @@ struct lane_loss {
     struct tb_graph *graph;
 };
 
+struct lane_work_stats { /* as struct tb_work_stats */
+    _Atomic uint64_t waiting, running, begun, wait_us, wait_us_max;
+};
+
 struct lane_stats {
     _Atomic uint64_t tasks_done[TB_TASK_SAMPLE + 1];
     _Atomic uint64_t train_tokens, sample_rows, steps, busy_us;
-    _Atomic uint64_t waiting, running;
+    struct lane_work_stats work[TB_N_WORKS];
+    _Atomic uint64_t kv_free, kv_cached, kv_preempted, lookup_tokens, hit_tokens;
 };
 
 struct tb_lane {
@@ -75,8 +84,18 @@ struct tb_lane {
     size_t n_samples;
     struct tb_sampling **sampling_scratch; /* [sampling_cap] */
     size_t sampling_cap;
+    bool new_samples;             /* some came since the last sampling step */
+    int n_training;               /* tasks with memory for a gradient */
+    uint64_t round;               /* full training steps */
     uint64_t train_ns, sample_ns; /* time given to each kind while both wait; see lane_run */
 };
+
+static inline enum tb_work lane_work_of(enum tb_task_type type)
+{
+    return type == TB_TASK_TRAIN    ? TB_WORK_TRAIN
+           : type == TB_TASK_SAMPLE ? TB_WORK_SAMPLE
+                                    : TB_WORK_OTHER;
+}
 
 /* lane.c: the loop's side. The models are moved in. */
 int lane_create(struct tb_lane **out, uv_loop_t *loop, struct tb_backend *be,
@@ -86,6 +105,7 @@ void lane_close(struct tb_lane *l, void (*cb)(void *arg), void *arg);
 
 /* plan.c: the worker's side. Runs until nothing is left to do; on closing fails what waits. */
 void lane_run(struct tb_lane *l);
+void lane_note_pages(struct tb_lane *l); /* the KV pools' counts into the statistics */
 /* Frees adapters, versions; no work may be in flight. */
 void lane_free_state(struct tb_lane *l);
 /* Hands a finished task back to the loop. */

@@ -1,13 +1,19 @@
 /*
  * Planning: what a lane's worker does with its tasks. One turn of lane_run
  *   1. takes everything from the inbox: adapter tasks go to their adapter's queue, samples begin;
- *   2. runs a training turn: the cheap tasks at the heads of the adapters' queues (create, optim,
- * publish, export, …), then one packed pass over the forward and forward_backward ops at the heads,
- * one op of every adapter in round-robin order until the pass is full;
- *   3. runs sampling steps; each advances every running sequence by one token and prefills a chunk.
- * While both kinds wait they share the machine by time: after a training pass of t seconds,
- * sampling gets steps until it has had t seconds too (at least one step), so a sample beside a
- * tenant with a hundred queued steps starts after at most the pass that runs.
+ *   2. runs the cheap tasks at the heads of the adapters' queues (create, optim, publish, export);
+ *   3. runs a training step: one packed pass over data of the ops at the heads of the queues;
+ *   4. runs a sampling step: every running sequence advances by a token, and prompts by a chunk.
+ *
+ * Training shares by tokens. An adapter's level counts the quanta of tokens that it was served, one
+ * that comes anew begins at the lowest of those that wait, and a datum of the lowest level goes
+ * first: of equal ones small ops, then ops that are under way, then in turn. So a long op yields
+ * between steps, and a small one is in the next step whatever waits. Sampling shares in the model.
+ *
+ * Training and sampling share by time: whichever had less goes on alone until it has had as much as
+ * the other. But one sampling step comes before that when a sample is new, and a step of small ops
+ * when these are of adapters that had none since training stopped; so neither waits for more than
+ * the step that runs and one of the other kind.
  *
  * Thread: the worker's (see lane.h).
  */
@@ -19,10 +25,13 @@
 #include "util/log.h"
 #include "util/mem.h"
 
-/* Tokens of a training pass: enough to keep the products efficient, small enough for fair turns. An
- * op larger than this runs alone; tb_model_train splits it into micro-batches. */
-#define TRAIN_PASS_TOKENS 4096
-#define TRAIN_PASS_OPS    256
+/* Tokens of a training step: a micro-batch of the model, enough to keep the products efficient. A
+ * longer datum is a step of its own. */
+#define STEP_TOKENS 512
+/* What an adapter may be ahead of the others: it lets ops of usual size end before the next begins.
+ */
+#define QUANTUM_TOKENS 2048
+#define SMALL_TOKENS   256 /* of an op that goes first */
 /* Prompt rows of one sampling step, beside the decoding rows. */
 #define PREFILL_ROWS 256
 
@@ -35,11 +44,31 @@ static void loss_unref(struct lane_loss *loss)
     tb_free(loss);
 }
 
+static void add(_Atomic uint64_t *counter, uint64_t n)
+{
+    atomic_fetch_add_explicit(counter, n, memory_order_relaxed);
+}
+
+/* The task is being computed from now on. */
+static void begin(struct tb_lane *l, struct tb_task *t)
+{
+    struct lane_work_stats *w = &l->stats.work[lane_work_of(t->type)];
+    uint64_t us = (uv_hrtime() - t->submitted_ns) / 1000;
+    t->begun = true;
+    add(&w->waiting, -(uint64_t)1);
+    add(&w->running, 1);
+    add(&w->begun, 1);
+    add(&w->wait_us, us);
+    if (us > atomic_load_explicit(&w->wait_us_max, memory_order_relaxed))
+        atomic_store_explicit(&w->wait_us_max, us, memory_order_relaxed);
+}
+
 static void finish(struct tb_lane *l, struct tb_task *t)
 {
+    struct lane_work_stats *w = &l->stats.work[lane_work_of(t->type)];
     loss_unref(t->loss);
     t->loss = NULL;
-    atomic_fetch_sub_explicit(&l->stats.waiting, 1, memory_order_relaxed);
+    add(t->begun ? &w->running : &w->waiting, -(uint64_t)1);
     lane_post_done(l, t);
 }
 
@@ -73,7 +102,7 @@ static void take_sample(struct tb_lane *l, struct tb_task *t)
     }
     tb_list_push(&l->samples, &t->node);
     l->n_samples++;
-    atomic_fetch_add_explicit(&l->stats.running, 1, memory_order_relaxed);
+    l->new_samples = true;
 }
 
 static void version_put(struct tb_lane *l, struct tb_task *t, struct tb_adapter_version *version)
@@ -121,8 +150,29 @@ static void take_loss(struct tb_lane *l, struct tb_task *t)
     finish(l, t);
 }
 
+static uint64_t op_tokens(const struct tb_op *op)
+{
+    uint64_t n = 0;
+    for (int32_t i = 0; i < op->u.forward_backward.n_data; i++)
+        n += (uint64_t)op->u.forward_backward.data[i].n_tokens;
+    return n;
+}
+
+/* An adapter begins to wait: what it was not served while it had nothing to do is no credit. */
+static void make_ready(struct tb_lane *l, struct lane_adapter *a)
+{
+    uint64_t least = UINT64_MAX;
+    TB_LIST_FOREACH (it, &l->ready) {
+        const struct lane_adapter *o = TB_LIST_ENTRY(it, struct lane_adapter, node);
+        least = TB_MIN(least, o->served / QUANTUM_TOKENS * QUANTUM_TOKENS);
+    }
+    if (!tb_list_empty(&l->ready)) a->served = TB_MAX(a->served, least);
+    tb_list_push(&l->ready, &a->node);
+}
+
 static void take_adapter_task(struct tb_lane *l, struct tb_task *t)
 {
+    if (t->type == TB_TASK_TRAIN) t->n_tokens = op_tokens(t->op);
     if (t->loss_id) { /* held until the task is done: its session may end before */
         t->loss = tb_map_get(&l->losses, KEY(t->loss_id));
         if (t->loss) t->loss->refs++;
@@ -136,7 +186,7 @@ static void take_adapter_task(struct tb_lane *l, struct tb_task *t)
         tb_list_init(&a->tasks);
         tb_map_put(&l->adapters, KEY(a->id), a);
     }
-    if (tb_list_empty(&a->tasks)) tb_list_push(&l->ready, &a->node);
+    if (tb_list_empty(&a->tasks)) make_ready(l, a);
     tb_list_push(&a->tasks, &t->node);
 }
 
@@ -163,7 +213,7 @@ static void take_inbox(struct tb_lane *l)
     }
 }
 
-/* ---- training */
+/* ---- cheap tasks */
 
 static void adapter_forget(struct tb_lane *l, struct lane_adapter *a)
 {
@@ -219,6 +269,7 @@ static void drain_small(struct tb_lane *l, struct lane_adapter *a, bool *did)
     while ((t = head(a)) && !is_train(t)) {
         *did = true;
         tb_list_del(&t->node);
+        begin(l, t);
         if (t->type == TB_TASK_ADAPTER_FREE) {
             while (!tb_list_empty(&a->tasks)) {
                 struct tb_task *late = head(a);
@@ -245,85 +296,170 @@ static void prune_ready(struct tb_lane *l)
     }
 }
 
-static uint64_t op_tokens(const struct tb_op *op)
+/* Cheap tasks of all adapters. */
+static bool small_turn(struct tb_lane *l)
 {
-    uint64_t n = 0;
-    for (int32_t i = 0; i < op->u.forward_backward.n_data; i++)
-        n += (uint64_t)op->u.forward_backward.data[i].n_tokens;
-    return n;
-}
-
-/* Fills a pass with training ops of one base model: the first of every ready adapter in turn, then
- * the next ones, until the pass is full. Returns how many. */
-static int plan_pass(struct tb_lane *l, struct tb_train_item *items, struct tb_task **tasks,
-                     uint64_t *n_tokens)
-{
-    int n = 0, model = -1;
-    bool more = true;
-
-    *n_tokens = 0;
-    while (more && n < TRAIN_PASS_OPS) {
-        more = false;
-        TB_LIST_FOREACH_SAFE (it, next, &l->ready) {
-            struct lane_adapter *a = TB_LIST_ENTRY(it, struct lane_adapter, node);
-            struct tb_task *t = head(a);
-            if (!t || !is_train(t) || n == TRAIN_PASS_OPS) continue;
-            if (model >= 0 && a->model != model) continue;
-            uint64_t tokens = op_tokens(t->op);
-            if (n > 0 && *n_tokens + tokens > TRAIN_PASS_TOKENS) continue;
-            tb_list_del(&t->node);
-            if (!a->adapter) {
-                fail(l, t, TB_ENOTFOUND, "the model's adapter does not exist");
-                more = true;
-                continue;
-            }
-            model = a->model;
-            items[n].adapter = a->adapter;
-            items[n].op = t->op;
-            items[n].graph = t->loss ? t->loss->graph : NULL;
-            tasks[n++] = t;
-            *n_tokens += tokens;
-            more = true;
-        }
-    }
-    return n;
-}
-
-/* One training turn. false: there was nothing to do. */
-static bool train_turn(struct tb_lane *l)
-{
-    struct tb_train_item items[TRAIN_PASS_OPS];
-    struct tb_task *tasks[TRAIN_PASS_OPS];
-    uint64_t n_tokens;
     bool did = false;
-
     TB_LIST_FOREACH_SAFE (it, next, &l->ready) {
         drain_small(l, TB_LIST_ENTRY(it, struct lane_adapter, node), &did);
     }
-    int n = plan_pass(l, items, tasks, &n_tokens);
     prune_ready(l);
-    if (n == 0) return did;
+    return did;
+}
 
-    struct tb_error err = {0};
-    uint64_t t0 = uv_hrtime();
-    int rc = tb_model_train(l->models[tasks[0]->model], items, n, &err);
-    l->train_ns += uv_hrtime() - t0;
-    if (rc) tb_log(TB_LOG_ERROR, "engine", "training pass failed: %s", err.msg);
-    atomic_fetch_add_explicit(&l->stats.train_tokens, n_tokens, memory_order_relaxed);
-    atomic_fetch_add_explicit(&l->stats.steps, 1, memory_order_relaxed);
-    for (int i = 0; i < n; i++)
-        finish(l, tasks[i]);
+/* ---- training. A training task stays at the head of its queue until all its data are through. */
 
-    /* Whoever led this pass goes to the end of the round. */
-    if (!tb_list_empty(&l->ready)) {
-        struct tb_list *first = tb_list_pop(&l->ready);
-        tb_list_push(&l->ready, first);
+struct train_step {
+    int model; /* -1: none yet */
+    int n;
+    uint64_t n_tokens, max_tokens;
+    bool newcomers; /* only small ops of adapters that had no step in this round */
+    struct tb_train_part parts[STEP_TOKENS];
+};
+
+static struct tb_task *train_task(const struct lane_adapter *a, struct tb_list *node)
+{
+    struct tb_task *t = TB_LIST_ENTRY(node, struct tb_task, node);
+    return node != &a->tasks && is_train(t) ? t : NULL;
+}
+
+static uint64_t next_tokens(const struct tb_task *t)
+{
+    const struct tb_forward_backward *fb = &t->op->u.forward_backward;
+    return t->n_begun < fb->n_data ? (uint64_t)fb->data[t->n_begun].n_tokens : 1;
+}
+
+static bool is_small(const struct tb_task *t)
+{
+    return t->n_tokens <= SMALL_TOKENS;
+}
+
+static bool goes_before(const struct lane_adapter *a, const struct lane_adapter *b)
+{
+    uint64_t la = a->served / QUANTUM_TOKENS, lb = b->served / QUANTUM_TOKENS;
+    if (la != lb) return la < lb;
+    if (is_small(a->next) != is_small(b->next)) return is_small(a->next);
+    return a->next->training && !b->next->training;
+}
+
+/* The adapter whose datum is next, or NULL: nothing more fits. */
+static struct lane_adapter *pick(struct tb_lane *l, const struct train_step *st)
+{
+    struct lane_adapter *best = NULL;
+    TB_LIST_FOREACH (it, &l->ready) {
+        struct lane_adapter *a = TB_LIST_ENTRY(it, struct lane_adapter, node);
+        if (!a->next || (st->model >= 0 && a->model != st->model)) continue;
+        if (st->n && st->n_tokens + next_tokens(a->next) > st->max_tokens) continue;
+        if (st->newcomers && (a->round == l->round || !is_small(a->next))) continue;
+        if (!best || goes_before(a, best)) best = a;
     }
+    return best;
+}
+
+/* false: its turn is over, as it failed, or waits for memory that others in training hold. */
+static bool begin_training(struct tb_lane *l, struct lane_adapter *a, struct tb_task *t)
+{
+    struct tb_error *err = &t->op->error, e = {0};
+    if (!t->begun) {
+        begin(l, t);
+        if (!a->adapter)
+            tb_error_set(err, TB_ENOTFOUND, "the model's adapter does not exist");
+        else
+            tb_training_create(&t->training, a->adapter, t->op, t->loss ? t->loss->graph : NULL);
+    }
+    if (err->code) return false;
+    if (!t->reserved && tb_training_reserve(t->training, &e)) {
+        if (l->n_training == 0) *err = e;
+        return false;
+    }
+    l->n_training += !t->reserved;
+    t->reserved = true;
+    return true;
+}
+
+/* Adds the adapter's next datum to the step. */
+static void add_datum(struct train_step *st, struct lane_adapter *a)
+{
+    struct tb_task *t = a->next;
+    struct tb_train_part *last = st->n ? &st->parts[st->n - 1] : NULL;
+    uint64_t tokens = next_tokens(t);
+    if (!last || last->training != t->training) {
+        last = &st->parts[st->n++];
+        *last = (struct tb_train_part){.training = t->training};
+    }
+    last->n_data++;
+    st->model = a->model;
+    st->n_tokens += tokens;
+    a->served += tokens;
+    a->in_step = true;
+    if (++t->n_begun == t->op->u.forward_backward.n_data) a->next = train_task(a, t->node.next);
+}
+
+static void plan_step(struct tb_lane *l, struct train_step *st)
+{
+    struct lane_adapter *a;
+    TB_LIST_FOREACH (it, &l->ready) {
+        a = TB_LIST_ENTRY(it, struct lane_adapter, node);
+        a->next = train_task(a, a->tasks.next);
+    }
+    while (st->n < STEP_TOKENS && (a = pick(l, st))) {
+        struct tb_task *t = a->next;
+        if (begin_training(l, a, t))
+            add_datum(st, a);
+        else
+            a->next = t->op->error.code ? train_task(a, t->node.next) : NULL;
+    }
+}
+
+/* Hands back what is done, and puts those that were served behind the others. */
+static void end_step(struct tb_lane *l)
+{
+    struct tb_list served;
+    tb_list_init(&served);
     TB_LIST_FOREACH_SAFE (it, next, &l->ready) {
         struct lane_adapter *a = TB_LIST_ENTRY(it, struct lane_adapter, node);
-        if (!head(a)) tb_list_del(&a->node);
+        struct tb_task *t;
+        while ((t = train_task(a, a->tasks.next)) && t->begun) {
+            if (!t->op->error.code && !tb_training_done(t->training)) break;
+            l->n_training -= t->reserved;
+            tb_training_destroy(t->training);
+            t->training = NULL;
+            tb_list_del(&t->node);
+            finish(l, t);
+        }
+        if (!a->in_step) continue;
+        a->in_step = false;
+        a->round = l->round;
+        tb_list_del(&a->node);
+        tb_list_push(&served, &a->node);
     }
-    return true;
+    tb_list_move(&l->ready, &served);
+    prune_ready(l);
+}
+
+/* One training step. false: there was nothing to do. */
+static bool train_turn(struct tb_lane *l, bool newcomers)
+{
+    struct train_step st;
+    struct tb_error err = {0};
+    st.model = -1;
+    st.n = 0;
+    st.n_tokens = 0;
+    st.max_tokens = newcomers ? SMALL_TOKENS : STEP_TOKENS;
+    st.newcomers = newcomers;
+    if (tb_list_empty(&l->ready)) return false;
+    if (!newcomers) l->round++;
+    plan_step(l, &st);
+    if (st.n) {
+        uint64_t t0 = uv_hrtime();
+        int rc = tb_model_train(l->models[st.model], st.parts, st.n, &err);
+        l->train_ns += uv_hrtime() - t0;
+        if (rc) tb_log(TB_LOG_ERROR, "engine", "training pass failed: %s", err.msg);
+        add(&l->stats.train_tokens, st.n_tokens);
+        add(&l->stats.steps, 1);
+    }
+    end_step(l);
+    return st.n > 0;
 }
 
 /* ---- sampling */
@@ -334,7 +470,6 @@ static void end_sample(struct tb_lane *l, struct tb_task *t)
     t->sampling = NULL;
     tb_list_del(&t->node);
     l->n_samples--;
-    atomic_fetch_sub_explicit(&l->stats.running, 1, memory_order_relaxed);
     finish(l, t);
 }
 
@@ -362,11 +497,12 @@ static void sample_model(struct tb_lane *l, int model)
     int rc = tb_model_sample_step(l->models[model], l->sampling_scratch, (int)n, PREFILL_ROWS,
                                   &rows, &err);
     if (rc) tb_log(TB_LOG_ERROR, "engine", "sampling step failed: %s", err.msg);
-    atomic_fetch_add_explicit(&l->stats.sample_rows, (uint64_t)rows, memory_order_relaxed);
-    atomic_fetch_add_explicit(&l->stats.steps, 1, memory_order_relaxed);
+    add(&l->stats.sample_rows, (uint64_t)rows);
+    add(&l->stats.steps, 1);
     TB_LIST_FOREACH_SAFE (it, next, &l->samples) {
         struct tb_task *t = TB_LIST_ENTRY(it, struct tb_task, node);
         if (t->model != model) continue;
+        if (!t->begun && tb_sampling_begun(t->sampling)) begin(l, t);
         struct tb_progress *p = tb_sampling_progress(t->sampling);
         if (p) lane_post_progress(l, t, p);
         bool done = tb_sampling_done(t->sampling);
@@ -379,6 +515,19 @@ static void sample_model(struct tb_lane *l, int model)
     }
 }
 
+void lane_note_pages(struct tb_lane *l)
+{
+    struct tb_kv_stats sum = {0};
+    for (int m = 0; m < l->n_models; m++)
+        tb_model_kv_stats(l->models[m], &sum);
+    struct lane_stats *s = &l->stats;
+    atomic_store_explicit(&s->kv_free, sum.n_free, memory_order_relaxed);
+    atomic_store_explicit(&s->kv_cached, sum.n_cached, memory_order_relaxed);
+    atomic_store_explicit(&s->kv_preempted, sum.n_preempted, memory_order_relaxed);
+    atomic_store_explicit(&s->lookup_tokens, sum.n_lookup_tokens, memory_order_relaxed);
+    atomic_store_explicit(&s->hit_tokens, sum.n_hit_tokens, memory_order_relaxed);
+}
+
 /* false: no sample waits. */
 static bool sample_turn(struct tb_lane *l)
 {
@@ -389,6 +538,7 @@ static bool sample_turn(struct tb_lane *l)
         l->sampling_scratch =
             tb_realloc(l->sampling_scratch, l->sampling_cap * sizeof(l->sampling_scratch[0]));
     }
+    l->new_samples = false;
     uint64_t t0 = uv_hrtime();
     for (int m = 0; m < l->n_models; m++)
         sample_model(l, m);
@@ -410,6 +560,7 @@ static void fail_all(struct tb_lane *l)
         struct tb_task *t;
         while ((t = head(a))) {
             tb_list_del(&t->node);
+            tb_training_destroy(t->training);
             fail(l, t, TB_ECANCELED, "the server is shutting down");
         }
         tb_list_del(&a->node);
@@ -424,17 +575,17 @@ void lane_run(struct tb_lane *l)
             fail_all(l);
             return;
         }
-        bool trained = train_turn(l);
-        bool sampled = false;
-        /* Sampling catches up with the time that training had; alone it runs one step a turn. */
-        do {
-            if (!sample_turn(l)) break;
-            sampled = true;
-            take_inbox(l);
-        } while (trained && l->sample_ns < l->train_ns &&
-                 !atomic_load_explicit(&l->closing, memory_order_relaxed));
-        if (!trained || !sampled) l->train_ns = l->sample_ns = 0;
-        if (!trained && !sampled && tb_list_empty(&l->ready) && tb_mailbox_empty(&l->inbox)) return;
+        bool did = small_turn(l), sampling = l->n_samples > 0;
+        bool trained = train_turn(l, sampling && l->sample_ns < l->train_ns);
+        if (trained) take_inbox(l);
+        bool go_on = trained && l->train_ns < l->sample_ns && !l->new_samples;
+        bool sampled = !go_on && sample_turn(l);
+        /* Who has nothing to do gets no credit for it. */
+        if (!trained && tb_list_empty(&l->ready)) l->sample_ns = TB_MIN(l->sample_ns, l->train_ns);
+        if (!sampling) l->train_ns = TB_MIN(l->train_ns, l->sample_ns);
+        lane_note_pages(l);
+        if (!did && !trained && !sampled && tb_list_empty(&l->ready) && tb_mailbox_empty(&l->inbox))
+            return;
     }
 }
 

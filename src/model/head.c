@@ -83,7 +83,7 @@ static void piece_logprobs(struct head *h, const struct piece *c)
 /* A custom loss of one whole datum, with its metrics. */
 static int eval_graph(struct tb_datum_run *r, float *g, struct tb_error *err)
 {
-    struct tb_train_op *op = r->op;
+    struct tb_training *op = r->op;
     struct tb_graph_run run = {.datum = &op->op->u.forward_backward.data[r->index],
                                .logprobs = r->lp,
                                .n = r->in->n,

@@ -132,3 +132,14 @@ void tb_kv_copy_page(struct tb_kv *kv, struct tb_model *m, int32_t dst, int32_t 
                          base + (size_t)src * kv->page_bytes, kv->page_bytes);
     }
 }
+
+void tb_model_kv_stats(const struct tb_model *m, struct tb_kv_stats *sum)
+{
+    const struct tb_kv *kv = &m->kv;
+    sum->n_pages += (uint64_t)kv->n_pages;
+    sum->n_free += (uint64_t)(kv->mem ? kv->n_free : kv->n_pages);
+    sum->n_cached += (uint64_t)kv->prefix.n_idle;
+    sum->n_preempted += (uint64_t)kv->n_preempted;
+    sum->n_lookup_tokens += (uint64_t)kv->n_lookup_tokens;
+    sum->n_hit_tokens += (uint64_t)kv->n_hit_tokens;
+}

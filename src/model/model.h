@@ -94,20 +94,32 @@ int tb_version_create_from(struct tb_adapter_version **out, struct tb_model *m,
 void tb_version_ref(struct tb_adapter_version *v);
 void tb_version_unref(struct tb_adapter_version *v); /* accepts NULL */
 
-/* ---- training. One packed pass over the forward / forward_backward ops of any number of adapters.
- * For each item: validates it (loss, inputs, shapes, token ids, finite numbers), computes the loss
- * and outputs into op->result (memory from op->arena) and, unless forward_only, adds the gradient
- * of the summed loss to the adapter's accumulated gradient. An item that fails has op->error set
- * and leaves no trace in the gradients; the others are not disturbed. Long batches are split into
- * micro-batches inside. The same adapter may appear in several items: they run in item order.
- * Returns 0, or a negative code for a failure of the whole pass (device lost), with every op->error
- * set. */
-struct tb_train_item {
-    struct tb_adapter *adapter;
-    struct tb_op *op;             /* TB_OP_FORWARD or TB_OP_FORWARD_BACKWARD */
-    const struct tb_graph *graph; /* of loss_fn "custom", else NULL */
+/* ---- training. A forward or forward_backward op goes through in any number of calls, its data in
+ * order; calls mix data of any ops and adapters. How it is split changes no bit. Its gradient is
+ * its own until all data are through; then it is added to the adapter's. The adapter's parameters
+ * must not change, nor the adapter go, while an op on it is in training. Ops on one adapter begin
+ * in their order, and the data of one come before those of the next. */
+struct tb_training;
+
+/* Validates op (loss, inputs, shapes, token ids, finite numbers): op->error and its code on
+ * failure; nothing is kept then. graph: of loss_fn "custom", else NULL. */
+int tb_training_create(struct tb_training **out, struct tb_adapter *a, struct tb_op *op,
+                       const struct tb_graph *graph);
+/* Gets the memory of the op's gradient, if it has one. The first call of tb_model_train does it,
+ * and fails the op when there is none; here TB_ENOMEM changes nothing and may be tried again. */
+int tb_training_reserve(struct tb_training *t, struct tb_error *err);
+/* Accepts NULL. An op that is not done leaves no trace. */
+void tb_training_destroy(struct tb_training *t);
+bool tb_training_done(const struct tb_training *t); /* op->result is complete or op->error is set */
+
+struct tb_train_part {
+    struct tb_training *training;
+    int n_data; /* the next so many of its data */
 };
-int tb_model_train(struct tb_model *m, struct tb_train_item *items, int n_items,
+/* One packed pass, split into micro-batches that fit. An op that fails has op->error set, is done
+ * and leaves no trace in the gradients; the others are not disturbed. Returns 0, or a negative code
+ * for a failure of the whole pass (device lost), with every op's error set. */
+int tb_model_train(struct tb_model *m, const struct tb_train_part *parts, int n,
                    struct tb_error *err);
 
 /* AdamW with clipping on the accumulated gradient; fills op->result.metrics or op->error (then p,
@@ -127,6 +139,8 @@ void tb_sampling_destroy(struct tb_sampling *s);
 bool tb_sampling_done(
     const struct tb_sampling *s); /* op->result is complete, or op->error is set */
 
+/* Whether its prompt has got pages. */
+bool tb_sampling_begun(const struct tb_sampling *s);
 /* The tokens drawn since the last call, of an op that streams; the caller frees it. NULL: none, or
  * no memory to tell them now. */
 struct tb_progress *tb_sampling_progress(struct tb_sampling *s);
@@ -137,5 +151,13 @@ struct tb_progress *tb_sampling_progress(struct tb_sampling *s);
  * bits). n_rows receives the rows computed; 0 means that nothing could run. */
 int tb_model_sample_step(struct tb_model *m, struct tb_sampling *const *s, int n,
                          int prefill_budget, int *n_rows, struct tb_error *err);
+
+struct tb_kv_stats {
+    uint64_t n_pages, n_free,
+        n_cached;         /* cached: hold tokens that nobody uses now; as good as free */
+    uint64_t n_preempted; /* sequences sent away and computed again */
+    uint64_t n_lookup_tokens, n_hit_tokens; /* of prompts; of these found in pages */
+};
+void tb_model_kv_stats(const struct tb_model *m, struct tb_kv_stats *sum); /* adds to sum */
 
 #endif

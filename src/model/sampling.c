@@ -282,6 +282,11 @@ bool tb_sampling_done(const struct tb_sampling *s)
     return s->done;
 }
 
+bool tb_sampling_begun(const struct tb_sampling *s)
+{
+    return s->admitted;
+}
+
 /* ---- sequences */
 
 void tb_seq_release(struct tb_seq *q)

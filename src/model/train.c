@@ -1,11 +1,11 @@
 /*
- * Training calls: validation, micro-batches over the data of all ops, gradients into each op's
- * scratch and, when an op is whole and finite, into its adapter. See model.h.
+ * Training: validation, micro-batches over data of any ops, gradients into each op's scratch and,
+ * when an op is whole and finite, into its adapter. See model.h.
  *
- * How a batch is split never shows: every row is computed by itself, and an op's gradient is one
- * sum over its data in order, a run of rows per datum.
+ * How an op is split into calls and micro-batches never shows: every row is computed by itself, and
+ * an op's gradient is one sum over its data in order, a run of rows per datum.
  *
- * Owner: tb_model_train for the length of the call. Thread: the model's.
+ * Owner: the caller of tb_training_create. Thread: the model's.
  */
 #include "model/train.h"
 
@@ -21,23 +21,22 @@
  * read often enough for the products to hide it. */
 #define TB_MAX_MICRO_ROWS 512
 
-void tb_train_fail(struct tb_train_op *op, int code, const char *fmt, ...)
+void tb_train_fail(struct tb_training *t, int code, const char *fmt, ...)
 {
-    if (op->failed) return;
-    op->failed = true;
-    char msg[sizeof(op->op->error.msg)];
+    if (t->failed) return;
+    t->failed = true;
+    char msg[sizeof(t->op->error.msg)];
     va_list ap;
     va_start(ap, fmt);
     vsnprintf(msg, sizeof(msg), fmt, ap);
     va_end(ap);
-    tb_error_set(&op->op->error, code, "%s", msg);
+    tb_error_set(&t->op->error, code, "%s", msg);
 }
 
 /* ---- one op */
 
 /* Checks the data against the graph of a custom loss. */
-static int prepare_graph(struct tb_train_op *t, const struct tb_graph *graph,
-                         struct tb_arena *arena, struct tb_error *err)
+static int prepare_graph(struct tb_training *t, const struct tb_graph *graph, struct tb_error *err)
 {
     const struct tb_forward_backward *fb = &t->op->u.forward_backward;
     if (!graph)
@@ -48,70 +47,95 @@ static int prepare_graph(struct tb_train_op *t, const struct tb_graph *graph,
             return tb_error_prefix(err, "datum %d", i);
     size_t n = (size_t)tb_graph_n_metrics(graph);
     t->graph = graph;
-    t->metrics = tb_arena_calloc(arena, n, sizeof(*t->metrics));
-    t->one = tb_arena_calloc(arena, n, sizeof(*t->one));
+    t->metrics = tb_arena_calloc(&t->arena, n, sizeof(*t->metrics));
+    t->one = tb_arena_calloc(&t->arena, n, sizeof(*t->one));
     return 0;
 }
 
-/* Checks the op and makes its result arrays. Failures are left in op->error. */
-static void prepare_op(struct tb_model *m, struct tb_train_op *t, struct tb_train_item *item,
-                       struct tb_arena *arena)
+/* Checks the op and makes its result arrays. */
+static int prepare_op(struct tb_training *t, const struct tb_graph *graph, struct tb_error *err)
 {
-    struct tb_op *op = item->op;
+    struct tb_op *op = t->op;
+    const struct tb_model *m = t->adapter->m;
     const struct tb_forward_backward *fb = &op->u.forward_backward;
-    struct tb_error err = {0};
-    *t = (struct tb_train_op){.adapter = item->adapter, .op = op, .n_data = fb->n_data};
-    t->backward = op->type == TB_OP_FORWARD_BACKWARD && !fb->forward_only;
-    int rc = tb_loss_find(fb->loss_fn, &t->loss, &err);
-    t->inputs =
-        rc ? NULL : tb_arena_try_array(arena, (size_t)TB_MAX(fb->n_data, 1), sizeof(*t->inputs));
-    if (!rc && !t->inputs) rc = tb_error_set(&err, TB_ENOMEM, "no memory for %d data", fb->n_data);
-    if (!rc)
-        rc = tb_loss_prepare(t->loss, fb, m->cfg.vocab, m->opt.max_context, arena, t->inputs, &err);
-    if (!rc && t->loss->custom) rc = prepare_graph(t, item->graph, arena, &err);
-    struct tb_output *out = NULL;
-    if (!rc && !(out = tb_arena_try_array(&op->arena, (size_t)fb->n_data, sizeof(*out))))
-        rc = tb_error_set(&err, TB_ENOMEM, "no memory for %d results", fb->n_data);
-    for (int i = 0; i < fb->n_data && !rc; i++) {
+    int rc = tb_loss_find(fb->loss_fn, &t->loss, err);
+    if (rc) return rc;
+    t->inputs = tb_arena_try_array(&t->arena, (size_t)TB_MAX(fb->n_data, 1), sizeof(*t->inputs));
+    if (!t->inputs) return tb_error_set(err, TB_ENOMEM, "no memory for %d data", fb->n_data);
+    rc = tb_loss_prepare(t->loss, fb, m->cfg.vocab, m->opt.max_context, &t->arena, t->inputs, err);
+    if (!rc && t->loss->custom) rc = prepare_graph(t, graph, err);
+    if (rc) return rc;
+    struct tb_output *out = tb_arena_try_array(&op->arena, (size_t)fb->n_data, sizeof(*out));
+    for (int i = 0; i < fb->n_data && out; i++) {
         const struct tb_loss_inputs *in = &t->inputs[i];
         out[i] = (struct tb_output){.n = in->n, .k = in->two_d ? in->k : 0};
         out[i].logprobs =
             tb_arena_try_array(&op->arena, (size_t)in->n * (size_t)in->k, sizeof(float));
-        if (!out[i].logprobs)
-            rc = tb_error_set(&err, TB_ENOMEM, "no memory for %d results", fb->n_data);
+        if (!out[i].logprobs) out = NULL;
     }
-    if (rc) {
-        tb_train_fail(t, rc, "%s", err.msg);
-        return;
-    }
+    if (!out) return tb_error_set(err, TB_ENOMEM, "no memory for %d results", fb->n_data);
     op->result.n_outputs = fb->n_data;
     op->result.outputs = out;
+    return 0;
 }
 
-static void free_scratch(struct tb_train_op *t)
+int tb_training_create(struct tb_training **out, struct tb_adapter *a, struct tb_op *op,
+                       const struct tb_graph *graph)
+{
+    const struct tb_forward_backward *fb = &op->u.forward_backward;
+    struct tb_training *t = tb_calloc(1, sizeof(*t));
+    t->adapter = a;
+    t->op = op;
+    t->n_data = fb->n_data;
+    t->backward = op->type == TB_OP_FORWARD_BACKWARD && !fb->forward_only;
+    tb_arena_init(&t->arena);
+    int rc = prepare_op(t, graph, &op->error);
+    if (rc) {
+        tb_training_destroy(t);
+        return rc;
+    }
+    *out = t;
+    return 0;
+}
+
+static void free_scratch(struct tb_training *t)
 {
     if (!t->scratch) return;
     t->adapter->m->be->ops->free(t->adapter->m->be, t->scratch, tb_adapter_flat_bytes(t->adapter));
     t->scratch = NULL;
 }
 
-static void need_scratch(struct tb_train_op *t)
+void tb_training_destroy(struct tb_training *t)
 {
-    const struct tb_backend_ops *ops = t->adapter->m->be->ops;
-    size_t bytes = tb_adapter_flat_bytes(t->adapter);
-    if (t->scratch || t->failed) return;
-    t->scratch = ops->alloc(t->adapter->m->be, bytes);
-    if (t->scratch)
-        ops->zero(t->adapter->m->be, t->scratch, bytes);
-    else
-        tb_train_fail(t, TB_ENOMEM, "no memory for %zu MiB of gradients", bytes >> 20);
+    if (!t) return;
+    free_scratch(t);
+    tb_arena_fini(&t->arena);
+    tb_free(t);
 }
 
-/* All data are through: the gradient joins the adapter's, or leaves no trace. */
-static void finish_op(struct tb_train_op *t)
+bool tb_training_done(const struct tb_training *t)
+{
+    return t->done;
+}
+
+int tb_training_reserve(struct tb_training *t, struct tb_error *err)
+{
+    struct tb_backend *be = t->adapter->m->be;
+    size_t bytes = tb_adapter_flat_bytes(t->adapter);
+    if (!t->backward || t->scratch) return 0;
+    t->scratch = be->ops->alloc(be, bytes);
+    if (!t->scratch)
+        return tb_error_set(err, TB_ENOMEM, "no memory for %zu MiB of gradients", bytes >> 20);
+    be->ops->zero(be, t->scratch, bytes);
+    return 0;
+}
+
+/* All data are through, or one failed: the gradient joins the adapter's, or leaves no trace. */
+static void finish_op(struct tb_training *t)
 {
     struct tb_op *op = t->op;
     struct tb_model *m = t->adapter->m;
+    t->done = true;
     if (!t->failed && !isfinite(t->loss_sum))
         tb_train_fail(t, TB_ENONFINITE, "the loss of the batch is not finite");
     if (!t->failed && t->scratch &&
@@ -141,7 +165,7 @@ static void finish_op(struct tb_train_op *t)
 /* ---- one micro-batch */
 
 struct micro {
-    int n, T, ru;
+    int n, cap, T, ru;
     enum tb_pass_kind kind;
     bool backward;
     struct tb_datum_run *runs;
@@ -255,8 +279,7 @@ out:
 
 struct batch {
     struct tb_model *m;
-    struct tb_train_op *ops;
-    int n_ops, ru;
+    int ru;
     bool backward;
     int max_rows;
 };
@@ -302,92 +325,74 @@ static int flush(struct batch *b, struct micro *mb, struct tb_error *err)
     }
     for (int i = 0; i < mb->n && rc; i++)
         tb_train_fail(mb->runs[i].op, rc, "%s", e.msg);
-    for (int i = 0; i < mb->n; i++) {
-        struct tb_train_op *t = mb->runs[i].op;
-        t->n_done++;
-    }
+    for (int i = 0; i < mb->n; i++)
+        mb->runs[i].op->n_through++;
     mb->n = mb->T = 0;
     if (rc == TB_EDEVICE) return tb_error_set(err, rc, "%s", e.msg);
     return 0;
 }
 
-static int run_batch(struct batch *b, struct tb_error *err)
+/* Adds a datum to the micro-batch, which runs first when there is no room for it. */
+static int add_datum(struct batch *b, struct micro *mb, struct tb_training *t, struct tb_error *err)
 {
-    struct micro mb = {.ru = b->ru, .backward = b->backward};
-    int cap = 0, rc = 0, first_open = 0;
-    plan(b);
-    for (int i = 0; i < b->n_ops && !rc; i++) {
-        struct tb_train_op *t = &b->ops[i];
-        if (t->backward != b->backward) continue;
-        for (int j = 0; j < t->n_data && !rc && !t->failed; j++) {
-            int n = t->inputs[j].n;
-            if (mb.n && mb.T + n > b->max_rows) rc = flush(b, &mb, err);
-            if (rc || t->failed) break;
-            if (b->backward) need_scratch(t);
-            if (t->failed) break;
-            if (mb.n == cap) {
-                cap = cap ? cap * 2 : 64;
-                mb.runs = tb_realloc(mb.runs, (size_t)cap * sizeof(*mb.runs));
-            }
-            mb.runs[mb.n++] = (struct tb_datum_run){
-                .op = t, .index = j, .in = &t->inputs[j], .lp = t->op->result.outputs[j].logprobs};
-            mb.T += n;
-        }
-        /* Scratches live only from an op's first micro-batch to its last. */
-        for (; first_open < i; first_open++) {
-            struct tb_train_op *o = &b->ops[first_open];
-            if (o->backward != b->backward) continue;
-            if (!o->failed && o->n_done < o->n_data) break;
-            if (mb.n && mb.runs[0].op <= o) break;
-            finish_op(o);
-        }
+    int index = t->n_begun++, n = t->inputs[index].n, rc = 0;
+    if (mb->n && mb->T + n > b->max_rows) rc = flush(b, mb, err);
+    if (rc || t->failed) return rc;
+    if (mb->n == mb->cap) {
+        mb->cap = mb->cap ? mb->cap * 2 : 64;
+        mb->runs = tb_realloc(mb->runs, (size_t)mb->cap * sizeof(*mb->runs));
     }
-    if (!rc) rc = flush(b, &mb, err);
-    for (; first_open < b->n_ops && !rc; first_open++)
-        if (b->ops[first_open].backward == b->backward) finish_op(&b->ops[first_open]);
+    mb->runs[mb->n++] = (struct tb_datum_run){.op = t,
+                                              .index = index,
+                                              .in = &t->inputs[index],
+                                              .lp = t->op->result.outputs[index].logprobs};
+    mb->T += n;
+    return 0;
+}
+
+/* Runs the parts that want, or do not want, a gradient. */
+static int run_parts(struct tb_model *m, const struct tb_train_part *parts, int n, bool backward,
+                     struct tb_error *err)
+{
+    struct batch b = {.m = m, .backward = backward};
+    bool any = false;
+    int rc = 0;
+    for (int i = 0; i < n; i++) {
+        const struct tb_training *t = parts[i].training;
+        if (t->backward != backward || t->failed) continue;
+        b.ru = TB_MAX(b.ru, t->adapter->layout->config.rank);
+        any = true;
+    }
+    if (!any) return 0;
+    struct micro mb = {.ru = b.ru, .backward = backward};
+    struct tb_error e = {0};
+    if (backward && tb_model_prepare_bwd(m, &e)) {
+        for (int i = 0; i < n; i++)
+            if (parts[i].training->backward) tb_train_fail(parts[i].training, e.code, "%s", e.msg);
+        return 0;
+    }
+    plan(&b);
+    for (int i = 0; i < n && !rc; i++) {
+        struct tb_training *t = parts[i].training;
+        if (t->backward != backward) continue;
+        if (tb_training_reserve(t, &e)) tb_train_fail(t, e.code, "%s", e.msg);
+        for (int j = 0; j < parts[i].n_data && t->n_begun < t->n_data && !t->failed && !rc; j++)
+            rc = add_datum(&b, &mb, t, err);
+    }
+    if (!rc) rc = flush(&b, &mb, err);
     tb_free(mb.runs);
     return rc;
 }
 
-int tb_model_train(struct tb_model *m, struct tb_train_item *items, int n_items,
+int tb_model_train(struct tb_model *m, const struct tb_train_part *parts, int n,
                    struct tb_error *err)
 {
-    struct tb_arena arena;
-    tb_arena_init(&arena);
-    struct tb_train_op *ops = tb_calloc((size_t)TB_MAX(n_items, 1), sizeof(*ops));
-    struct batch b = {.m = m, .ops = ops, .n_ops = n_items};
-    bool any_backward = false, any_forward = false;
-    int rc = 0;
-    for (int i = 0; i < n_items; i++) {
-        prepare_op(m, &ops[i], &items[i], &arena);
-        if (ops[i].failed) continue;
-        b.ru = TB_MAX(b.ru, items[i].adapter->layout->config.rank);
-        any_backward |= ops[i].backward;
-        any_forward |= !ops[i].backward;
+    int rc = run_parts(m, parts, n, true, err);
+    if (!rc) rc = run_parts(m, parts, n, false, err);
+    for (int i = 0; i < n; i++) {
+        struct tb_training *t = parts[i].training;
+        if (rc) tb_train_fail(t, rc, "%s", err->msg);
+        if (!t->done && (t->failed || t->n_through == t->n_data)) finish_op(t);
     }
-    struct tb_error e = {0};
-    if (any_backward && tb_model_prepare_bwd(m, &e)) {
-        for (int i = 0; i < n_items; i++)
-            if (ops[i].backward) tb_train_fail(&ops[i], e.code, "%s", e.msg);
-        any_backward = false;
-    }
-    if (any_backward) {
-        b.backward = true;
-        rc = run_batch(&b, err);
-    }
-    if (any_forward && !rc) {
-        b.backward = false;
-        rc = run_batch(&b, err);
-    }
-    for (int i = 0; i < n_items; i++) {
-        if (rc) tb_train_fail(&ops[i], rc, "%s", err ? err->msg : tb_error_name(rc));
-        free_scratch(&ops[i]);
-        if (ops[i].failed) {
-            items[i].op->result.n_outputs = 0;
-            items[i].op->result.outputs = NULL;
-        }
-    }
-    tb_free(ops);
-    tb_arena_fini(&arena);
     return rc;
 }

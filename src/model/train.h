@@ -1,7 +1,8 @@
 /*
- * What train.c and head.c share: the ops of one training call and their data in flight.
+ * What train.c and head.c share: ops in training and the data of one call in flight.
  *
- * Owner: tb_model_train, for the length of the call. Thread: the model's.
+ * Owner: of struct tb_training the engine, of the rest tb_model_train for the length of the call.
+ * Thread: the model's.
  */
 #ifndef TB_MODEL_TRAIN_H
 #define TB_MODEL_TRAIN_H
@@ -9,23 +10,23 @@
 #include "model/loss.h"
 #include "model/pass.h"
 
-struct tb_train_op {
+struct tb_training {
     struct tb_adapter *adapter;
     struct tb_op *op;
+    struct tb_arena arena; /* of what follows */
     const struct tb_loss *loss;
     struct tb_loss_inputs *inputs; /* [n_data] */
     const struct tb_graph *graph;  /* of a custom loss, else NULL */
     double *metrics, *one;         /* [its metrics] sums over the data so far, and of one datum */
     bool backward;
-    bool failed;
-    int n_data, n_done;
+    bool failed, done; /* done: op->result is complete, or op->error is set */
+    int n_data, n_begun, n_through;
     double loss_sum;
-    float
-        *scratch; /* the op's own gradient, flat, on the device; NULL before its first datum runs */
+    float *scratch; /* the op's own gradient, flat, on the device; NULL until it is reserved */
 };
 
 struct tb_datum_run { /* one datum of a micro-batch */
-    struct tb_train_op *op;
+    struct tb_training *op;
     int index; /* of the datum in its op */
     int row;   /* its first packed row */
     const struct tb_loss_inputs *in;
@@ -35,7 +36,7 @@ struct tb_datum_run { /* one datum of a micro-batch */
 };
 
 /* Marks the op failed and keeps the first error. */
-void tb_train_fail(struct tb_train_op *op, int code, const char *fmt, ...)
+void tb_train_fail(struct tb_training *t, int code, const char *fmt, ...)
     __attribute__((format(printf, 3, 4)));
 
 /* Final norm, head in row blocks, logprobs and losses of all runs; with backward also dxn, the

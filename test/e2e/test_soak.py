@@ -63,7 +63,9 @@ def test_counters_of_many_clients(start):
         assert {k: m[f'ops_{kind}_total{{type="{k}"}}'] for k in counts} == counts, kind
     assert sum(v for k, v in m.items() if k.startswith("ops_executed_total")) == sum(counts.values())
     assert not any(v for k, v in m.items() if k.startswith("ops_failed_total"))
-    left = ("futures_pending", "waiters", "queued_bytes", "tasks_waiting", "tasks_running")
+    kinds = ("train", "sample", "other")
+    left = ["futures_pending", "waiters", "queued_bytes"]
+    left += [f'tasks_{s}{{kind="{k}"}}' for s in ("waiting", "running") for k in kinds]
     assert {k: m[k] for k in left} == dict.fromkeys(left, 0)
     assert m["futures_done"] == sum(counts.values())
     assert m["http_connections"] == 1 and m["http_requests"] == 1  # this one

@@ -49,10 +49,12 @@ static int score(struct tb_model *m, struct tb_adapter *a, const int64_t *ids, i
     struct tb_datum d = {.n_tokens = n - 1, .tokens = tokens, .n_inputs = 1, .inputs = &t};
     op->u.forward_backward =
         (struct tb_forward_backward){.n_data = 1, .data = &d, .loss_fn = "cross_entropy"};
-    struct tb_train_item item = {a, op};
+    struct tb_train_part part = {NULL, 1};
     struct tb_error err = {0};
-    int rc = tb_model_train(m, &item, 1, &err);
-    if (!rc && op->error.code) {
+    int rc = tb_training_create(&part.training, a, op, NULL);
+    if (!rc) rc = tb_model_train(m, &part, 1, &err);
+    tb_training_destroy(part.training);
+    if (op->error.code) {
         err = op->error;
         rc = err.code;
     }

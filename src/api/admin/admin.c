@@ -42,21 +42,65 @@ static void put_http(struct tb_buf *b, const struct tb_http_server *server)
     put_counter(b, "http_sent_bytes_total", "Bytes written to clients.", s.bytes_out);
 }
 
+static void put_seconds(struct tb_buf *b, uint64_t us)
+{
+    tb_buf_printf(b, " %llu.%06llu\n", (unsigned long long)(us / 1000000),
+                  (unsigned long long)(us % 1000000));
+}
+
+static void put_queue(struct tb_buf *b, const char *name, const struct tb_queue_stats *q)
+{
+    tb_buf_printf(b, "tinkerbell_%s{kind=\"%s\"}", name, q->kind);
+}
+
+static void put_queues(struct tb_buf *b, const struct tb_queue_stats *q)
+{
+    put_type(b, "tasks_waiting", "gauge", "Tasks that the models have not begun.");
+    for (int i = 0; i < TB_N_QUEUES; i++) {
+        put_queue(b, "tasks_waiting", &q[i]);
+        tb_buf_printf(b, " %llu\n", (unsigned long long)q[i].waiting);
+    }
+    put_type(b, "tasks_running", "gauge", "Tasks being computed.");
+    for (int i = 0; i < TB_N_QUEUES; i++) {
+        put_queue(b, "tasks_running", &q[i]);
+        tb_buf_printf(b, " %llu\n", (unsigned long long)q[i].running);
+    }
+    put_type(b, "queue_wait_seconds", "summary", "Time that tasks waited before they began.");
+    for (int i = 0; i < TB_N_QUEUES; i++) {
+        put_queue(b, "queue_wait_seconds_sum", &q[i]);
+        put_seconds(b, q[i].wait_us);
+        put_queue(b, "queue_wait_seconds_count", &q[i]);
+        tb_buf_printf(b, " %llu\n", (unsigned long long)q[i].begun);
+    }
+    put_type(b, "queue_wait_seconds_max", "gauge", "The longest of these times since the start.");
+    for (int i = 0; i < TB_N_QUEUES; i++) {
+        put_queue(b, "queue_wait_seconds_max", &q[i]);
+        put_seconds(b, q[i].wait_us_max);
+    }
+}
+
 static void put_compute(struct tb_buf *b, const struct tb_core *core)
 {
     struct tb_compute_stats s = {0};
     tb_core_compute_stats(core, &s);
-    put_gauge(b, "tasks_waiting", "Tasks that the models have not begun.", s.tasks_waiting);
-    put_gauge(b, "tasks_running", "Tasks being computed.", s.tasks_running);
+    put_queues(b, s.queues);
     put_counter(b, "train_tokens_total", "Tokens of training passes.", s.train_tokens);
     put_counter(b, "sample_positions_total", "Positions computed for samples, prompts included.",
                 s.sample_positions);
     put_counter(b, "sampled_tokens_total", "Tokens sampled.", s.sampled_tokens);
     put_counter(b, "steps_total", "Passes through a model.", s.steps);
+    put_gauge(b, "kv_pages", "Pages of the KV caches.", s.kv_pages);
+    put_gauge(b, "kv_pages_free", "Pages that hold nothing.", s.kv_free);
+    put_gauge(b, "kv_pages_cached", "Pages kept for prompts to come, given up when needed.",
+              s.kv_cached);
+    put_counter(b, "kv_preemptions_total", "Sequences that gave up their pages for older ones.",
+                s.kv_preempted);
+    put_counter(b, "prompt_tokens_total", "Tokens of prompts that were begun.", s.prompt_tokens);
+    put_counter(b, "prompt_cache_hit_tokens_total", "Of these, found in the KV cache.",
+                s.prompt_hit_tokens);
     put_type(b, "busy_seconds_total", "counter", "Time spent computing, summed over models.");
-    tb_buf_printf(b, "tinkerbell_busy_seconds_total %llu.%06llu\n",
-                  (unsigned long long)(s.busy_us / 1000000),
-                  (unsigned long long)(s.busy_us % 1000000));
+    tb_buf_printf(b, "tinkerbell_busy_seconds_total");
+    put_seconds(b, s.busy_us);
 }
 
 static void metrics(struct tb_api *a, struct tb_http_request *req, const struct tb_route_match *m)

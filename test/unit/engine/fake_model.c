@@ -1,8 +1,10 @@
 /* See fake_model.h. */
 #include "fake_model.h"
 
+#include <stdatomic.h>
 #include <string.h>
 #include <unistd.h>
+#include <uv.h>
 
 #include "model/custom/graph.h"
 #include "util/mem.h"
@@ -25,9 +27,18 @@ struct tb_sampling {
     int32_t done, told;
 };
 
+struct tb_training {
+    struct tb_op *op;
+    int n_through;
+    bool reserved;
+};
+
 struct fake_event fake_events[FAKE_MAX_EVENTS];
 int fake_n_events;
-int fake_live_adapters, fake_live_versions, fake_live_samplings, fake_live_graphs;
+int fake_live_adapters, fake_live_versions, fake_live_samplings, fake_live_graphs,
+    fake_live_trainings;
+int fake_steps, fake_first_step[FAKE_MAX_SEQ];
+int fake_reserved, fake_max_reserved;
 int fake_with_graph;
 unsigned fake_train_us, fake_sample_us;
 bool fake_fail_create;
@@ -38,6 +49,52 @@ void fake_reset(void)
     fake_train_us = fake_sample_us = 0;
     fake_fail_create = false;
     fake_with_graph = 0;
+    fake_steps = 0;
+    for (int i = 0; i < FAKE_MAX_SEQ; i++)
+        fake_first_step[i] = -1;
+    fake_max_reserved = 1000;
+}
+
+/* ---- the gate */
+
+static atomic_bool gated;
+static uv_sem_t arrived, go;
+
+void fake_gate_close(void)
+{
+    uv_sem_init(&arrived, 0);
+    uv_sem_init(&go, 0);
+    gated = true;
+}
+
+bool fake_gate_reached(void)
+{
+    return uv_sem_trywait(&arrived) == 0;
+}
+
+void fake_gate_pass(void)
+{
+    uv_sem_post(&go);
+}
+
+void fake_gate_open(void)
+{
+    if (!gated) return;
+    gated = false;
+    uv_sem_post(&go);
+}
+
+static void pause_at_gate(void)
+{
+    fake_steps++;
+    if (!gated) return;
+    uv_sem_post(&arrived);
+    uv_sem_wait(&go);
+}
+
+static void note_start(int64_t seq)
+{
+    if (seq < FAKE_MAX_SEQ && fake_first_step[seq] < 0) fake_first_step[seq] = fake_steps;
 }
 
 static void record(enum fake_event_kind kind, int n, int64_t first_seq)
@@ -151,12 +208,51 @@ void tb_version_unref(struct tb_adapter_version *v)
     tb_free(v);
 }
 
-int tb_model_train(struct tb_model *m, struct tb_train_item *items, int n_items,
+int tb_training_create(struct tb_training **out, struct tb_adapter *a, struct tb_op *op,
+                       const struct tb_graph *graph)
+{
+    fake_with_graph += graph != NULL;
+    if (op->u.forward_backward.n_data == 0)
+        return tb_error_set(&op->error, TB_EINVAL, "there are no data");
+    *out = tb_calloc(1, sizeof(**out));
+    (*out)->op = op;
+    fake_live_trainings++;
+    return 0;
+}
+
+int tb_training_reserve(struct tb_training *t, struct tb_error *err)
+{
+    if (!t->reserved && fake_reserved == fake_max_reserved)
+        return tb_error_set(err, TB_ENOMEM, "no room");
+    fake_reserved += !t->reserved;
+    t->reserved = true;
+    return 0;
+}
+
+void tb_training_destroy(struct tb_training *t)
+{
+    if (!t) return;
+    fake_reserved -= t->reserved;
+    fake_live_trainings--;
+    tb_free(t);
+}
+
+bool tb_training_done(const struct tb_training *t)
+{
+    return t->n_through == t->op->u.forward_backward.n_data;
+}
+
+int tb_model_train(struct tb_model *m, const struct tb_train_part *parts, int n,
                    struct tb_error *err)
 {
-    record(FAKE_TRAIN, n_items, items[0].op->seq_id);
-    for (int i = 0; i < n_items; i++)
-        fake_with_graph += items[i].graph != NULL;
+    record(FAKE_TRAIN, n, parts[0].training->op->seq_id);
+    for (int i = 0; i < n; i++) {
+        struct tb_training *t = parts[i].training;
+        TB_BUG_ON(!t->reserved);
+        t->n_through += parts[i].n_data;
+        note_start(t->op->seq_id);
+    }
+    pause_at_gate();
     if (fake_train_us) usleep(fake_train_us);
     return 0;
 }
@@ -201,6 +297,17 @@ void tb_sampling_destroy(struct tb_sampling *s)
     tb_free(s);
 }
 
+bool tb_sampling_begun(const struct tb_sampling *s)
+{
+    return s->done > 0;
+}
+
+void tb_model_kv_stats(const struct tb_model *m, struct tb_kv_stats *sum)
+{
+    sum->n_pages += 5;
+    sum->n_free += 5;
+}
+
 bool tb_sampling_done(const struct tb_sampling *s)
 {
     return s->done >= s->op->u.sample.max_tokens;
@@ -220,9 +327,12 @@ int tb_model_sample_step(struct tb_model *m, struct tb_sampling *const *s, int n
                          int prefill_budget, int *n_rows, struct tb_error *err)
 {
     record(FAKE_SAMPLE_STEP, n, s[0]->op->seq_id);
-    for (int i = 0; i < n; i++)
+    for (int i = 0; i < n; i++) {
         s[i]->done++;
+        note_start(s[i]->op->seq_id);
+    }
     *n_rows = n;
+    pause_at_gate();
     if (fake_sample_us) usleep(fake_sample_us);
     return 0;
 }

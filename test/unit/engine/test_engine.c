@@ -52,11 +52,14 @@ static void close_engine(struct fixture *f)
     assert_int_equal(fake_live_versions, 0);
     assert_int_equal(fake_live_samplings, 0);
     assert_int_equal(fake_live_graphs, 0);
+    assert_int_equal(fake_live_trainings, 0);
+    assert_int_equal(fake_reserved, 0);
 }
 
 static int teardown(void **state)
 {
     struct fixture *f = *state;
+    fake_gate_open(); /* of a test that failed */
     if (!f->closed) close_engine(f);
     tb_free(f);
     return 0;
@@ -72,6 +75,17 @@ static void on_done(struct tb_task *t)
     tb_task_destroy(t);
 }
 
+static struct tb_op *op_train(int n_data, int32_t tokens)
+{
+    struct tb_op *op = tb_op_create(TB_OP_FORWARD_BACKWARD);
+    op->u.forward_backward.n_data = n_data;
+    op->u.forward_backward.data =
+        tb_arena_calloc(&op->arena, (size_t)n_data, sizeof(struct tb_datum));
+    for (int i = 0; i < n_data; i++)
+        op->u.forward_backward.data[i].n_tokens = tokens;
+    return op;
+}
+
 static struct tb_task *submit(struct fixture *f, enum tb_task_type type, uint64_t id, int64_t seq,
                               int32_t tokens)
 {
@@ -81,10 +95,7 @@ static struct tb_task *submit(struct fixture *f, enum tb_task_type type, uint64_
     t->cb = on_done;
     t->arg = f;
     if (type == TB_TASK_TRAIN) {
-        t->op = tb_op_create(TB_OP_FORWARD_BACKWARD);
-        t->op->u.forward_backward.n_data = 1;
-        t->op->u.forward_backward.data = tb_arena_calloc(&t->op->arena, 1, sizeof(struct tb_datum));
-        t->op->u.forward_backward.data[0].n_tokens = tokens;
+        t->op = tokens > 512 ? op_train(tokens / 512, 512) : op_train(1, tokens);
     } else if (type == TB_TASK_OPTIM) {
         t->op = tb_op_create(TB_OP_OPTIM_STEP);
     } else if (type == TB_TASK_SAMPLE) {
@@ -108,7 +119,7 @@ static void submit_loss(struct fixture *f, enum tb_task_type type, uint64_t loss
     t->cb = on_done;
     t->arg = f;
     if (type == TB_TASK_TRAIN) {
-        t->op = tb_op_create(TB_OP_FORWARD_BACKWARD);
+        t->op = op_train(1, 8);
     } else if (type == TB_TASK_LOSS_CREATE) {
         t->op = tb_op_create(TB_OP_CREATE_CUSTOM_LOSS);
         t->op->u.create_custom_loss.text = text;
@@ -175,43 +186,163 @@ static void test_packing(void **state)
         if (fake_events[i].kind != FAKE_TRAIN) continue;
         passes++;
         ops += fake_events[i].n;
-        assert_in_range(fake_events[i].n, 1, 4096 / 128);
+        assert_in_range(fake_events[i].n, 1, 512 / 128);
     }
     assert_int_equal(ops, 16);
     assert_in_range(passes, 1, 16);
 }
 
-static void test_oversized_op_runs_alone(void **state)
+/* A datum that is longer than a step is a step of its own. */
+static void test_oversized_datum_runs_alone(void **state)
 {
     struct fixture *f = *state;
     submit(f, TB_TASK_ADAPTER_CREATE, 1, 0, 0);
-    submit(f, TB_TASK_TRAIN, 1, 1, 100000);
-    submit(f, TB_TASK_TRAIN, 1, 2, 100000);
-    run_until(f, 3);
+    for (int i = 0; i < 3; i++) {
+        struct tb_task *t = tb_task_create(TB_TASK_TRAIN);
+        t->op = op_train(1, i == 1 ? 8 : 100000);
+        t->adapter_id = 1;
+        t->cb = on_done;
+        t->arg = f;
+        tb_engine_submit(f->engine, t);
+    }
+    run_until(f, 4);
     assert_int_equal(f->failed, 0);
     for (int i = 0; i < fake_n_events; i++)
         assert_int_equal(fake_events[i].n, 1);
 }
 
-/* A small op beside a tenant with many queued steps starts within two passes. */
-static void test_fair_to_small_tenant(void **state)
+static void wait_at_gate(struct fixture *f)
+{
+    while (!fake_gate_reached())
+        uv_run(&f->loop, UV_RUN_NOWAIT);
+}
+
+/* Submits while a step stands at the gate, and counts the steps from there to the first with it. */
+static int steps_until(struct fixture *f, enum tb_task_type type, uint64_t id, int64_t seq,
+                       int32_t tokens)
+{
+    wait_at_gate(f);
+    int now = fake_steps, n = 0;
+    submit(f, type, id, seq, tokens);
+    while (fake_first_step[seq] < 0) {
+        if (++n == 100) fail_msg("task type %d, seq %lld did not start", (int)type, (long long)seq);
+        fake_gate_pass();
+        wait_at_gate(f);
+    }
+    fake_gate_pass();
+    return fake_first_step[seq] - now + 1;
+}
+
+/* A small op, or a sample, beside tenants with a hundred steps waiting starts within two steps,
+ * whatever runs when it comes and however long each kind takes. */
+static void test_small_ops_start_soon(void **state)
 {
     struct fixture *f = *state;
-    fake_train_us = 2000;
-    submit(f, TB_TASK_ADAPTER_CREATE, 1, 0, 0);
-    submit(f, TB_TASK_ADAPTER_CREATE, 2, 0, 0);
-    for (int i = 0; i < 100; i++)
-        submit(f, TB_TASK_TRAIN, 1, 1000 + i, 4096);
-    run_until(f, 5);
-    int begun = f->done;
-    submit(f, TB_TASK_TRAIN, 2, 7, 16);
-    run_until(f, 103);
-    int at = -1;
-    for (int i = 0; i < f->done; i++) {
-        if (f->order[i] == 7) at = i;
+    int n = 0;
+    for (int slow = 0; slow < 3; slow++) {
+        fake_train_us = slow == 1 ? 1000 : 0;
+        fake_sample_us = slow == 2 ? 1000 : 0;
+        for (uint64_t id = 1; id <= 2; id++)
+            submit(f, TB_TASK_ADAPTER_CREATE, (uint64_t)slow * 10 + id, 0, 0);
+        n += 2;
+        run_until(f, n);
+        fake_gate_close();
+        for (int i = 0; i < 100; i++, n += 2) {
+            submit(f, TB_TASK_TRAIN, (uint64_t)slow * 10 + 1, 0, 4096);
+            submit(f, TB_TASK_TRAIN, (uint64_t)slow * 10 + 2, 0, 200);
+        }
+        for (int i = 0; i < 20; i++, n++)
+            submit(f, TB_TASK_SAMPLE, 0, 0, 1000);
+        int64_t seq = 1 + slow * 1000;
+        for (int i = 0; i < 60; i++, n += 2) {
+            assert_in_range(steps_until(f, TB_TASK_SAMPLE, 0, seq++, 3), 1, 2);
+            submit(f, TB_TASK_ADAPTER_CREATE, 100 + (uint64_t)seq, 0, 0);
+            n++;
+            assert_in_range(steps_until(f, TB_TASK_TRAIN, 100 + (uint64_t)seq, seq, 16), 1, 2);
+            seq++;
+            for (int k = 0; k < i % 5; k++) { /* come at any moment */
+                wait_at_gate(f);
+                fake_gate_pass();
+            }
+        }
+        fake_gate_open();
+        run_until(f, n);
+        assert_int_equal(f->failed, 0);
     }
-    assert_in_range(at, begun,
-                    begun + 4); /* the pass that ran, the next one, and callbacks pending */
+}
+
+/* Of tenants with data of one size each gets as many as the others, and a long op yields. */
+static void test_tokens_in_turn(void **state)
+{
+    struct fixture *f = *state;
+    for (uint64_t id = 1; id <= 3; id++)
+        submit(f, TB_TASK_ADAPTER_CREATE, id, 0, 0);
+    run_until(f, 3);
+    fake_gate_close();
+    submit(f, TB_TASK_TRAIN, 1, 1, 512 * 100); /* one long op */
+    wait_at_gate(f);
+    for (int i = 0; i < 100; i++)
+        submit(f, TB_TASK_TRAIN, 2, 1000 + i, 512); /* many ops of one step */
+    for (int i = 0; i < 25; i++)
+        submit(f, TB_TASK_TRAIN, 3, 2000 + i, 2048);
+    fake_gate_open();
+    run_until(f, 3 + 1 + 100 + 25);
+    int served[3] = {0};
+    for (int i = 0; i < fake_n_events; i++) {
+        if (fake_events[i].kind != FAKE_TRAIN) continue;
+        int64_t seq = fake_events[i].first_seq;
+        served[seq >= 2000 ? 2 : seq >= 1000 ? 1 : 0]++;
+        for (int a = 0; a < 3; a++)
+            for (int b = 0; b < 3; b++) /* a quantum, and one that began before the others came */
+                assert_in_range(served[a] - served[b] + 8, 0, 16);
+    }
+    assert_true(served[0] == 100 && served[1] == 100 && served[2] == 100);
+}
+
+/* When there is memory for two gradients only, the third op waits; alone it would fail. */
+static void test_memory_for_gradients(void **state)
+{
+    struct fixture *f = *state;
+    fake_max_reserved = 2;
+    for (uint64_t id = 1; id <= 5; id++)
+        submit(f, TB_TASK_ADAPTER_CREATE, id, 0, 0);
+    for (uint64_t id = 1; id <= 5; id++)
+        for (int i = 0; i < 5; i++)
+            submit(f, TB_TASK_TRAIN, id, (int64_t)id, 5000);
+    run_until(f, 30);
+    assert_int_equal(f->failed, 0);
+    fake_max_reserved = 0;
+    submit(f, TB_TASK_TRAIN, 1, 1, 8);
+    run_until(f, 31);
+    assert_int_equal(f->failed, 1);
+}
+
+static void test_statistics(void **state)
+{
+    struct fixture *f = *state;
+    struct tb_engine_stats s;
+    tb_engine_stats(f->engine, &s);
+    assert_true(s.kv.n_free == 10 && s.work[TB_WORK_TRAIN].waiting == 0);
+    submit(f, TB_TASK_ADAPTER_CREATE, 1, 0, 0);
+    run_until(f, 1);
+    fake_gate_close();
+    submit(f, TB_TASK_TRAIN, 1, 1, 1024);
+    wait_at_gate(f);
+    for (int i = 0; i < 2; i++)
+        submit(f, TB_TASK_TRAIN, 1, 2, 512);
+    submit(f, TB_TASK_SAMPLE, 0, 3, 10);
+    tb_engine_stats(f->engine, &s);
+    assert_true(s.work[TB_WORK_TRAIN].running == 1 && s.work[TB_WORK_TRAIN].waiting == 2);
+    assert_true(s.work[TB_WORK_SAMPLE].running == 0 && s.work[TB_WORK_SAMPLE].waiting == 1);
+    fake_gate_open();
+    run_until(f, 5);
+    tb_engine_stats(f->engine, &s);
+    for (int i = 0; i < TB_N_WORKS; i++)
+        assert_true(s.work[i].running == 0 && s.work[i].waiting == 0);
+    assert_int_equal(s.work[TB_WORK_TRAIN].begun, 3);
+    assert_int_equal(s.work[TB_WORK_SAMPLE].begun, 1);
+    assert_int_equal(s.train_tokens, 2048);
+    assert_true(s.work[TB_WORK_TRAIN].wait_us >= s.work[TB_WORK_TRAIN].wait_us_max);
 }
 
 /* A sample beside queued training gets its steps in turn, and training goes on beside sampling. */
@@ -235,9 +366,9 @@ static void test_turns(void **state)
         }
     }
     assert_int_equal(steps, 60);
-    assert_int_equal(trains, 50);
+    assert_int_equal(trains, 50 * 8);
     assert_in_range(trains_at_last_step, 2,
-                    49); /* interleaved, neither waited for all of the other */
+                    50 * 8 - 1); /* interleaved, neither waited for all of the other */
 }
 
 static void test_publish_and_sample(void **state)
@@ -383,8 +514,11 @@ int main(void)
         cmocka_unit_test(test_load_error),
         T(test_order),
         T(test_packing),
-        T(test_oversized_op_runs_alone),
-        T(test_fair_to_small_tenant),
+        T(test_oversized_datum_runs_alone),
+        T(test_small_ops_start_soon),
+        T(test_tokens_in_turn),
+        T(test_memory_for_gradients),
+        T(test_statistics),
         T(test_turns),
         T(test_publish_and_sample),
         T(test_progress),

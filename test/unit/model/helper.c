@@ -298,15 +298,33 @@ struct tb_op *op_adam(double lr)
     return op;
 }
 
+void run_items(struct tb_model *m, const struct train_item *items, int n)
+{
+    struct tb_train_part *parts = tb_calloc((size_t)n, sizeof(*parts));
+    int n_parts = 0;
+    for (int i = 0; i < n; i++) {
+        struct tb_train_part *p = &parts[n_parts];
+        p->n_data = items[i].op->u.forward_backward.n_data;
+        if (!tb_training_create(&p->training, items[i].adapter, items[i].op, items[i].graph))
+            n_parts++;
+    }
+    struct tb_error err = {0};
+    int rc = tb_model_train(m, parts, n_parts, &err);
+    for (int i = 0; i < n_parts; i++) {
+        assert_true(tb_training_done(parts[i].training));
+        tb_training_destroy(parts[i].training);
+    }
+    tb_free(parts);
+    if (rc) fail_msg("train: %s", err.msg);
+}
+
 void run_ops(struct tb_model *m, struct tb_adapter **a, struct tb_op **ops, int n)
 {
-    struct tb_train_item *items = tb_calloc((size_t)n, sizeof(*items));
+    struct train_item *items = tb_calloc((size_t)n, sizeof(*items));
     for (int i = 0; i < n; i++)
-        items[i] = (struct tb_train_item){a[i], ops[i]};
-    struct tb_error err = {0};
-    int rc = tb_model_train(m, items, n, &err);
+        items[i] = (struct train_item){a[i], ops[i], NULL};
+    run_items(m, items, n);
     tb_free(items);
-    if (rc) fail_msg("train: %s", err.msg);
 }
 
 void run_train(struct tb_model *m, struct tb_adapter *a, struct tb_op *op)

@@ -43,6 +43,13 @@ void add_input(struct tb_op *op, int datum, const char *name, const float *v, in
 struct tb_op *op_sample(const int32_t *prompt, int n_prompt, int max_tokens, uint64_t seed);
 struct tb_op *op_adam(double lr);
 void run_train(struct tb_model *m, struct tb_adapter *a, struct tb_op *op); /* must succeed */
+/* Runs ops in one call of tb_model_train; what fails has op->error set. */
+struct train_item {
+    struct tb_adapter *adapter;
+    struct tb_op *op;
+    const struct tb_graph *graph;
+};
+void run_items(struct tb_model *m, const struct train_item *items, int n);
 void run_ops(struct tb_model *m, struct tb_adapter **a, struct tb_op **ops, int n);
 /* Runs samplings to their end; versions may be NULL. */
 void run_samples(struct tb_model *m, struct tb_adapter_version **v, struct tb_op **ops, int n,

@@ -50,12 +50,6 @@ static struct tb_op *custom_op(const struct shape *s, uint64_t from, bool backwa
     return op;
 }
 
-static void train(struct tb_model *m, struct tb_train_item *items, int n)
-{
-    struct tb_error err = {0};
-    if (tb_model_train(m, items, n, &err)) fail_msg("%s", err.msg);
-}
-
 static void test_equals_built_in(void **state)
 {
     (void)state;
@@ -64,7 +58,7 @@ static void test_equals_built_in(void **state)
         struct tb_model *m = open_model(backend_f32(), &shapes[k], NULL);
         struct tb_adapter *a = random_adapter(m, 4, 1, 0.1f), *b = random_adapter(m, 4, 1, 0.1f);
         struct tb_op *x = custom_op(&shapes[k], 1, true), *y = batch_op(&shapes[k], 1, true, false);
-        train(m, &(struct tb_train_item){a, x, g}, 1);
+        run_items(m, &(struct train_item){a, x, g}, 1);
         if (x->error.code) fail_msg("%s", x->error.msg);
         run_train(m, b, y);
         for (int i = 0; i < 4; i++)
@@ -97,15 +91,15 @@ static void test_batch_mates(void **state)
     struct tb_adapter *a = random_adapter(m, 4, 1, 0.1f), *b = random_adapter(m, 4, 1, 0.1f);
     struct tb_adapter *c = random_adapter(m, 7, 2, 0.1f), *d = random_adapter(small, 4, 1, 0.1f);
     struct tb_op *alone = custom_op(s, 1, true), *split = custom_op(s, 1, true);
-    train(m, &(struct tb_train_item){a, alone, g}, 1);
+    run_items(m, &(struct train_item){a, alone, g}, 1);
     if (alone->error.code) fail_msg("%s", alone->error.msg);
-    struct tb_train_item items[] = {{c, batch_op(s, 5, true, true), NULL},
-                                    {b, custom_op(s, 1, true), g},
-                                    {c, custom_op(s, 6, true), h},
-                                    {b, custom_op(s, 1, false), g},
-                                    {c, batch_op(s, 7, true, false), NULL}};
-    train(m, items, 5);
-    train(small, &(struct tb_train_item){d, split, g}, 1);
+    struct train_item items[] = {{c, batch_op(s, 5, true, true), NULL},
+                                 {b, custom_op(s, 1, true), g},
+                                 {c, custom_op(s, 6, true), h},
+                                 {b, custom_op(s, 1, false), g},
+                                 {c, batch_op(s, 7, true, false), NULL}};
+    run_items(m, items, 5);
+    run_items(small, &(struct train_item){d, split, g}, 1);
     same_outputs(alone, items[1].op);
     same_outputs(alone, items[3].op);
     same_outputs(alone, split);
@@ -131,7 +125,7 @@ static void fails(struct tb_model *m, struct tb_op *op, const struct tb_graph *g
                   const char *says)
 {
     struct tb_adapter *a = random_adapter(m, 4, 1, 0.1f);
-    train(m, &(struct tb_train_item){a, op, g}, 1);
+    run_items(m, &(struct train_item){a, op, g}, 1);
     if (op->error.code != code || !strstr(op->error.msg, says))
         fail_msg("%d %s, not %s", op->error.code, op->error.msg, says);
     assert_false(a->has_grad);

@@ -862,13 +862,13 @@ static void test_give_up(void **state)
                 open += !tb_sampling_done(s[i]);
         }
         assert_int_equal(m->kv.n_free, m->kv.n_pages);
+        for (int i = 0; i < n; i++)
+            tb_sampling_destroy(s[i]);
         for (int i = 0; i < N; i++) {
             if (i != victim) same_sequences(ops[i], alone[i]);
             tb_op_destroy(ops[i]);
             tb_op_destroy(alone[i]);
         }
-        for (int i = 0; i < n; i++)
-            tb_sampling_destroy(s[i]);
     }
     for (int i = 0; i < 4; i++)
         if (!seen[i]) fail_msg("no sample was given up in state %d", i);
