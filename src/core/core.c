@@ -218,8 +218,10 @@ int tb_core_admit(struct tb_core *c, struct tb_tenant *t, const struct tb_op *op
             c->queued_bytes, max);
     else
         rc = tb_tenant_admit(c, t, op, in_turn, err);
-    if (rc) t->refused_ms = tb_clock_ms();
-    t->refusal = rc;
+    if (rc) {
+        t->refusal = rc;
+        t->refused_ms = tb_clock_ms();
+    }
     return rc;
 }
 

@@ -8,7 +8,8 @@
  * id.
  *  - Training and weights ops of one model run strictly by seq_id, starting at 1 (number 0 is the
  * creation); ids ahead of turn wait; a repeat of (model, seq_id) gets the same request id and its
- * body is dropped. An op that failed consumed its number. seq_id -1 (oldest SDK): order of arrival,
+ * body is dropped. An op that failed consumed its number. A number that does not come for the
+ * length of a lease fails those that wait behind it. seq_id -1 (oldest SDK): order of arrival,
  * dedupe by the idempotency key. An op that ran is never run again.
  *  - asample's seq_ids are labels without order; repeats of (sampler, seq_id) get the same request
  * id.

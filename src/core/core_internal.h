@@ -115,6 +115,7 @@ struct tb_core_model {
 
     int64_t next_seq, last_seq; /* the next in turn; the greatest seen */
     struct tb_list blocked;     /* futures by seq, beyond a gap */
+    uint64_t stuck_ms;          /* when the tick first saw that only a gap holds it; 0: none does */
     struct tb_list ready;       /* futures in turn, not started */
     size_t running, n_pending;
     struct tb_future *barrier; /* a load or unload: nothing else runs */

@@ -183,17 +183,22 @@ void tb_session_destroy(struct tb_core_session *s)
     tb_free(s);
 }
 
-/* The lease is over: a tail behind a seq_id that never came will not move any more. */
-static void fail_stuck(struct tb_core_session *s)
+/* A tail behind a seq_id that does not come for as long as a lease will not move any more: its post
+ * failed on the client, or the client is gone. */
+static void fail_stuck(struct tb_core_session *s, uint64_t now_ms)
 {
     TB_LIST_FOREACH (n, &s->models) {
         struct tb_core_model *m = TB_LIST_ENTRY(n, struct tb_core_model, in_session);
-        if (!tb_model_stuck(m)) continue;
         struct tb_error e;
-        tb_error_set(&e, TB_ECANCELED,
-                     "seq_id %lld never came, and the session had no heartbeat for its lease",
-                     (long long)m->next_seq);
-        tb_model_fail_queue(m, &e);
+        if (!tb_model_stuck(m)) {
+            m->stuck_ms = 0;
+        } else if (m->stuck_ms == 0) {
+            m->stuck_ms = now_ms;
+        } else if (now_ms > m->stuck_ms && now_ms - m->stuck_ms > s->lease_ms) {
+            tb_error_set(&e, TB_ECANCELED, "seq_id %lld never came: those behind it are given up",
+                         (long long)m->next_seq);
+            tb_model_fail_queue(m, &e);
+        }
     }
 }
 
@@ -207,9 +212,9 @@ void tb_sessions_tick(struct tb_core *c, uint64_t now_ms)
             if (idle && now_ms - s->ended_ms > c->o.result_unread_ttl_ms) tb_session_destroy(s);
             continue;
         }
+        if (s->n_pending) fail_stuck(s, now_ms);
         if (s == s->tenant->anonymous || now_ms < s->seen_ms || now_ms - s->seen_ms <= s->lease_ms)
             continue;
-        fail_stuck(s);
         if (s->n_pending == 0)
             tb_session_end(s, "cancelled", NULL, "no heartbeat", "no heartbeat came for its lease");
     }

@@ -84,7 +84,9 @@ int tb_tenant_admit(struct tb_core *c, struct tb_tenant *t, const struct tb_op *
 const char *tb_tenant_paused(const struct tb_core *c, const struct tb_tenant *t, char *reason,
                              size_t n)
 {
-    if (!t->refusal || tb_clock_ms() - t->refused_ms > c->o.long_poll_ms) return NULL;
+    enum { SHOWN_MS = 10000 };
+    if (!t->refusal || tb_clock_ms() - t->refused_ms > TB_MAX(c->o.long_poll_ms, SHOWN_MS))
+        return NULL;
     bool rate = t->refusal == TB_ERATE;
     if (rate)
         snprintf(reason, n, "submits beyond %llu a second are refused",

@@ -263,18 +263,88 @@ static void test_lease(void **state)
             fail_msg("ended in spite of heartbeats");
         uv_run(&e.loop, UV_RUN_NOWAIT);
     }
-    /* a gap keeps it for the lease, then its tail fails and the session ends */
+    /* what waits behind a gap fails after a lease, also when the client is there */
     must_submit(&e, op_fb(id, 3, 1, NULL), stuck);
+    wait_on(&e, stuck, &b);
+    while (b.state != TB_FUTURE_FAILED) {
+        assert_int_equal(tb_core_heartbeat(e.core, e.tenant, e.session, NULL), 0);
+        uv_run(&e.loop, UV_RUN_ONCE);
+    }
+    assert_non_null(strstr(b.err.msg, "seq_id 2"));
+    must_submit(&e, op_fb(id, 4, 1, NULL), r); /* and work goes on behind it */
+    settle(&e);
+    wait_on(&e, r, &a);
+    assert_int_equal(a.state, TB_FUTURE_DONE);
+    /* without a client the session ends then */
+    must_submit(&e, op_fb(id, 6, 1, NULL), stuck);
     wait_on(&e, stuck, &b);
     while (b.state != TB_FUTURE_FAILED)
         uv_run(&e.loop, UV_RUN_ONCE);
-    assert_non_null(strstr(b.err.msg, "seq_id 2"));
+    assert_non_null(strstr(b.err.msg, "seq_id 5"));
     while (stats(&e).sessions)
         turn(&e);
     settle(&e);
     assert_int_equal(tb_core_heartbeat(e.core, e.tenant, e.session, NULL), TB_EGONE);
     assert_int_equal(fake_adapters(e.engine), 0);
     assert_int_equal(stats(&e).models, 0);
+    env_stop(&e);
+}
+
+/* Another tenant finds nothing, and its keys and limits are its own. */
+static void test_tenants(void **state)
+{
+    (void)state;
+    struct env e;
+    struct tb_error err = {0};
+    struct tb_core_options o = {.tenant_rate = 1, .tenant_burst = 6, .tenant_pending = 3};
+    env_start(&e, &o);
+    struct tb_tenant *us = e.tenant, *them = tb_core_tenant(e.core, "them");
+    assert_ptr_equal(tb_core_tenant(e.core, "them"), them);
+    assert_string_equal(tb_tenant_name(them), "them");
+    char id[100], r[400], again[400];
+    make_model(&e, 0, 8, id);
+    must_submit(&e, op_fb(id, 1, 1, NULL), r);
+    settle(&e);
+
+    e.tenant = them;
+    struct tb_model_answer info;
+    struct waited a;
+    assert_int_equal(tb_core_heartbeat(e.core, them, e.session, &err), TB_EGONE);
+    assert_int_equal(tb_core_model_info(e.core, them, id, &info, &err), TB_ENOTFOUND);
+    assert_int_equal(submit(&e, op_fb(id, 2, 1, NULL), r, &err), TB_ENOTFOUND);
+    assert_int_equal(tb_core_finish_session(e.core, them, e.session, "success", NULL, &err), 0);
+    snprintf(again, sizeof(again), "%s:1", id);
+    wait_on(&e, again, &a);
+    assert_int_equal(a.state, TB_FUTURE_GONE);
+    assert_int_equal(tb_core_heartbeat(e.core, us, e.session, &err), 0);
+
+    e.tenant = us;
+    wait_on(&e, again, &a);
+    assert_int_equal(a.state, TB_FUTURE_DONE);
+    /* three may wait, but what is in turn comes in */
+    for (int i = 3; i < 6; i++)
+        must_submit(&e, op_fb(id, i, 1, NULL), r);
+    assert_int_equal(submit(&e, op_fb(id, 6, 1, NULL), again, &err), TB_EBUSY);
+    assert_non_null(strstr(err.msg, "tenant default"));
+    must_submit(&e, op_fb(id, 2, 1, NULL), again);
+    settle(&e);
+    wait_on(&e, r, &a);
+    assert_int_equal(a.state, TB_FUTURE_DONE);
+    /* submits come in faster than a token a second, so one will be refused */
+    int64_t next = 6;
+    int rc;
+    while ((rc = submit(&e, op_fb(id, next, 1, NULL), r, &err)) == 0 && next < 1000) {
+        next++;
+        settle(&e);
+    }
+    assert_int_equal(rc, TB_ERATE);
+    assert_int_equal(tb_error_status(rc), 429);
+    must_submit(&e, op_fb(id, 5, 1, NULL), again); /* a repeat costs nothing */
+    while (submit(&e, op_fb(id, next, 1, NULL), r, &err) == TB_ERATE)
+        uv_run(&e.loop, UV_RUN_ONCE);
+    settle(&e);
+    wait_on(&e, r, &a);
+    assert_int_equal(a.state, TB_FUTURE_DONE);
     env_stop(&e);
 }
 
@@ -427,11 +497,19 @@ static void test_restart(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_waits),   cmocka_unit_test(test_unknown_ids),
-        cmocka_unit_test(test_expiry),  cmocka_unit_test(test_sessions),
-        cmocka_unit_test(test_finish),  cmocka_unit_test(test_finish_while_creating),
-        cmocka_unit_test(test_lease),   cmocka_unit_test(test_reentry),
-        cmocka_unit_test(test_drain),   cmocka_unit_test(test_close_in_the_middle),
+        cmocka_unit_test(test_waits),
+        cmocka_unit_test(test_unknown_ids),
+        cmocka_unit_test(test_expiry),
+        cmocka_unit_test(test_sessions),
+        cmocka_unit_test(test_finish),
+        cmocka_unit_test(test_finish_while_creating),
+        cmocka_unit_test(test_lease),
+        cmocka_unit_test(test_tenants),
+        cmocka_unit_test(test_reentry),
+        cmocka_unit_test(test_tenants),
+        cmocka_unit_test(test_reentry),
+        cmocka_unit_test(test_drain),
+        cmocka_unit_test(test_close_in_the_middle),
         cmocka_unit_test(test_restart),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -769,7 +769,7 @@ static void test_many_rows(void **state)
                   (double)(t4 - t3) / 1e6, (double)(t5 - t4) / 1e6);
 }
 
-/* ---- recovery of what a crash or a person leaves */
+/* ---- databases of earlier versions */
 
 static void run_sql(struct env *e, const char *sql)
 {
@@ -780,6 +780,82 @@ static void run_sql(struct env *e, const char *sql)
     sqlite3_close(db);
     tb_free(path);
 }
+
+/* Version 1, before there were tenants. */
+static const char version_1[] =
+    "CREATE TABLE sessions(id TEXT PRIMARY KEY, tags TEXT, user_metadata TEXT, sdk_version TEXT,"
+    " project_id TEXT, display_name TEXT, created_us INTEGER NOT NULL, last_seen_us INTEGER,"
+    " status TEXT NOT NULL, finish_reason TEXT, finish_detail TEXT);"
+    "CREATE INDEX sessions_time ON sessions(created_us);"
+    "CREATE INDEX sessions_active ON sessions(status) WHERE status = 'active';"
+    "CREATE TABLE runs(id TEXT PRIMARY KEY, session_id TEXT, base_model TEXT NOT NULL,"
+    " rank INTEGER, alpha REAL, has_seed INTEGER, seed INTEGER, train_attn INTEGER,"
+    " train_mlp INTEGER, train_unembed INTEGER, user_metadata TEXT, created_us INTEGER NOT NULL,"
+    " last_request_us INTEGER, corrupted INTEGER NOT NULL DEFAULT 0);"
+    "CREATE INDEX runs_time ON runs(created_us);"
+    "CREATE INDEX runs_session ON runs(session_id, created_us);"
+    "CREATE TABLE samplers(id TEXT PRIMARY KEY, session_id TEXT, base_model TEXT NOT NULL,"
+    " model_path TEXT, created_us INTEGER NOT NULL);"
+    "CREATE INDEX samplers_session ON samplers(session_id, created_us);"
+    "CREATE TABLE checkpoints(run_id TEXT NOT NULL, kind INTEGER NOT NULL, name TEXT NOT NULL,"
+    " base_model TEXT NOT NULL, rank INTEGER, alpha REAL, has_seed INTEGER, seed INTEGER,"
+    " train_attn INTEGER, train_mlp INTEGER, train_unembed INTEGER, has_optimizer INTEGER,"
+    " step INTEGER, time_us INTEGER NOT NULL, size_bytes INTEGER NOT NULL,"
+    " expires_us INTEGER NOT NULL DEFAULT 0, public INTEGER NOT NULL DEFAULT 0,"
+    " user_metadata TEXT, PRIMARY KEY(run_id, kind, name));"
+    "CREATE INDEX ckpts_time ON checkpoints(time_us, expires_us);"
+    "CREATE INDEX ckpts_run ON checkpoints(run_id, time_us, expires_us);"
+    "CREATE INDEX ckpts_kind ON checkpoints(run_id, kind, time_us, expires_us);"
+    "CREATE INDEX ckpts_expires ON checkpoints(expires_us) WHERE expires_us > 0;"
+    "CREATE TABLE pending(write_id TEXT PRIMARY KEY, run_id TEXT, kind INTEGER, name TEXT,"
+    " tmp TEXT);"
+    "INSERT INTO sessions(id, created_us, status, project_id) VALUES('s', 1, 'cancelled', 'p');"
+    "INSERT INTO runs(id, session_id, base_model, rank, created_us) VALUES('" RUN "', 's', 'm0',"
+    " 8, 2);"
+    "INSERT INTO samplers(id, session_id, base_model, created_us) VALUES('sp', 's', 'm0', 3);"
+    "PRAGMA user_version = 1;";
+
+static void test_migration(void **state)
+{
+    struct env *e = *state;
+    const char *path = "tinker://" RUN "/weights/c";
+    save(e, "c", TB_CKPT_TRAINING, 1); /* its folder; the row is adopted */
+    store_close(&e->loop, e->s);
+    char *db = tb_asprintf("%s/tinkerbell.db", e->dir);
+    assert_int_equal(remove(db), 0);
+    run_sql(e, version_1);
+    for (int i = 0; i < 2; i++) { /* the second time there is nothing to do */
+        e->s = store_open(&e->loop, e->dir);
+        assert_string_equal(get_session(e, "s").text, "cancelled/-/p");
+        assert_int_equal(get_session(e, "s").n_runs, 1);
+        assert_int_equal(list_runs(e, 0, 10).total, 1);
+        assert_loads(e, path, 1, true);
+        struct list l = {0};
+        tb_store_get_sampler(e->s, TB_TENANT_DEFAULT, "sp", on_sampler, &l);
+        RUN_UNTIL(&e->loop, l.done);
+        assert_string_equal(l.text, "sp m0 -");
+        l = (struct list){0};
+        tb_store_list_runs(e->s, "them", NULL, 0, 10, on_runs, &l);
+        RUN_UNTIL(&e->loop, l.done);
+        assert_int_equal(l.total, 0);
+        l = (struct list){0};
+        tb_store_list_runs(e->s, TB_TENANT_DEFAULT, i ? "p" : "q", 0, 10, on_runs, &l);
+        RUN_UNTIL(&e->loop, l.done);
+        assert_int_equal(l.total, i);
+        assert_int_equal(l.n, i);
+        store_close(&e->loop, e->s);
+    }
+    run_sql(e, "PRAGMA user_version = 99");
+    struct tb_store *none;
+    struct tb_error err;
+    assert_int_equal(tb_store_open(&none, &e->loop, e->dir, &err), TB_EINVAL);
+    assert_non_null(strstr(err.msg, "99"));
+    assert_int_equal(remove(db), 0);
+    tb_free(db);
+    e->s = store_open(&e->loop, e->dir);
+}
+
+/* ---- recovery of what a crash or a person leaves */
 
 static void test_recovery(void **state)
 {
@@ -890,6 +966,7 @@ int main(void)
         T(test_disk_full),
         T(test_rows),
         T(test_many_rows),
+        T(test_migration),
         T(test_recovery),
         T(test_close_with_queue),
     };

@@ -190,11 +190,85 @@ static void test_search(void **state)
     tb_free(dir);
 }
 
+/* ---- tenants */
+
+static struct answer get_as(uv_loop_t *loop, struct tb_store *s, const char *who, const char *path)
+{
+    struct answer a = {0};
+    tb_store_get_ckpt(s, who, path, on_ckpt, &a);
+    RUN_UNTIL(loop, a.done);
+    return a;
+}
+
+static int publish_as(uv_loop_t *loop, struct tb_store *s, const char *who, const char *path,
+                      bool is_public)
+{
+    struct answer a = {0};
+    tb_store_publish_ckpt(s, who, path, is_public, on_done, &a);
+    RUN_UNTIL(loop, a.done);
+    return a.err.code;
+}
+
+static struct answer copy_as(uv_loop_t *loop, struct tb_store *s, const char *reader,
+                             const char *who, const char *path, const char *run)
+{
+    struct answer a = {0};
+    struct tb_ckpt_copy c = {.reader = reader, .path = path, .tenant = who, .run_id = run};
+    tb_store_copy_ckpt(s, &c, on_ckpt, &a);
+    RUN_UNTIL(loop, a.done);
+    return a;
+}
+
+static void test_tenants(void **state)
+{
+    (void)state;
+    uv_loop_t loop;
+    uv_loop_init(&loop);
+    char *dir = make_dir();
+    struct tb_store *s = store_open(&loop, dir);
+    const char *path = "tinker://sess-a:train:0/weights/c";
+    struct tb_ckpt_write w = {
+        .tenant = "us", .run_id = "sess-a:train:0", .name = "c", .kind = TB_CKPT_TRAINING};
+    assert_int_equal(store_save(&loop, s, &w, make_state(4, 1, true)).err.code, 0);
+    assert_int_equal(get_as(&loop, s, "us", path).err.code, 0);
+    assert_int_equal(get_as(&loop, s, "them", path).err.code, TB_ENOTFOUND);
+    assert_int_equal(copy_as(&loop, s, "them", "them", path, "b").err.code, TB_ENOTFOUND);
+    assert_int_equal(publish_as(&loop, s, "them", path, true), TB_ENOTFOUND);
+    struct answer a = {0};
+    tb_store_delete_ckpt(s, "them", path, on_done, &a);
+    RUN_UNTIL(&loop, a.done);
+    assert_int_equal(a.err.code, TB_ENOTFOUND);
+
+    /* with a token of the owner's */
+    assert_int_equal(copy_as(&loop, s, "us", "them", path, "b").err.code, 0);
+    assert_int_equal(get_as(&loop, s, "them", "tinker://b/weights/c").err.code, 0);
+    assert_int_equal(get_as(&loop, s, "us", "tinker://b/weights/c").err.code, TB_ENOTFOUND);
+    /* published: read by all, changed by its owner */
+    assert_int_equal(publish_as(&loop, s, "us", path, true), 0);
+    assert_int_equal(get_as(&loop, s, "them", path).err.code, 0);
+    assert_int_equal(publish_as(&loop, s, "them", path, false), TB_ENOTFOUND);
+    assert_int_equal(publish_as(&loop, s, "us", path, false), 0);
+    /* a lost database loses no owner */
+    store_close(&loop, s);
+    char *db = tb_asprintf("%s/tinkerbell.db", dir);
+    assert_int_equal(remove(db), 0);
+    tb_free(db);
+    s = store_open(&loop, dir);
+    assert_int_equal(get_as(&loop, s, "us", path).err.code, 0);
+    assert_int_equal(get_as(&loop, s, "them", path).err.code, TB_ENOTFOUND);
+    assert_int_equal(get_as(&loop, s, "them", "tinker://b/weights/c").err.code, 0);
+    store_close(&loop, s);
+    assert_int_equal(uv_loop_close(&loop), 0);
+    remove_dir(dir);
+    tb_free(dir);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_copy),
         cmocka_unit_test(test_search),
+        cmocka_unit_test(test_tenants),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
