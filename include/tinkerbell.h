@@ -45,6 +45,8 @@ typedef struct tb_model_option {
     const char *name;      /* as clients name it */
     const char *dir;       /* Hugging Face folder */
     const char *tokenizer; /* what get_info tells clients to load, or NULL */
+    const char
+        *renderer; /* how chats become tokens: "qwen3", ...; NULL: by the folder's template */
 } tb_model_option_t;
 
 #define TB_MAX_MODELS   16

@@ -7,11 +7,14 @@
 #include <string.h>
 
 #include "api/internal.h"
+#include "api/llm/llm.h"
 #include "api/tinker/tinker.h"
+#include "util/clock.h"
 #include "util/log.h"
 #include "util/mem.h"
 
-static const struct tb_face *const FACES[] = {&tb_face_tinker, &tb_face_admin};
+static const struct tb_face *const FACES[] = {&tb_face_tinker, &tb_face_openai, &tb_face_ollama,
+                                              &tb_face_llamacpp, &tb_face_admin};
 
 struct tb_api_own_route {
     struct tb_api_own_route *next;
@@ -39,6 +42,7 @@ static void finish(struct tb_api *a)
         tb_free(r);
     }
     tb_tinker_downloads_fini(a);
+    tb_llm_models_destroy(a->llm);
     tb_arena_fini(&a->strings);
     tb_free(a);
     if (cb) cb(arg);
@@ -50,6 +54,7 @@ int tb_api_create(struct tb_api **out, uv_loop_t *loop, struct tb_core *core,
     struct tb_api *a = tb_calloc(1, sizeof(*a));
     a->loop = loop;
     a->core = core;
+    a->started_us = tb_clock_wall_us();
     tb_arena_init(&a->strings);
     a->o = *o;
     a->o.api_keys = NULL; /* see a->keys */
@@ -58,6 +63,7 @@ int tb_api_create(struct tb_api **out, uv_loop_t *loop, struct tb_core *core,
     tb_map_init(&a->downloads);
     tb_list_init(&a->downloads_by_age);
     int rc = tb_api_keys_init(a, o->api_keys, o->n_api_keys, err);
+    if (!rc) rc = tb_llm_models_create(a, o->renderers, err);
     if (rc) {
         finish(a);
         return rc;
@@ -185,7 +191,7 @@ void tb_api_handle(void *api, struct tb_http_request *req)
             if (tb_api_authorize(a, req))
                 r->cb(r->arg, req);
             else
-                tb_api_refuse_key(req);
+                tb_api_refuse_key(req, NULL);
             return;
         }
         allowed |= 1u << r->method;
@@ -200,7 +206,7 @@ void tb_api_handle(void *api, struct tb_http_request *req)
                 continue;
             }
             if (!r->open && !tb_api_authorize(a, req))
-                tb_api_refuse_key(req);
+                tb_api_refuse_key(req, FACES[f]);
             else
                 r->handle(a, req, &m);
             return;

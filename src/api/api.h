@@ -19,6 +19,7 @@ struct tb_api;
 struct tb_api_options {
     const char *const *api_keys; /* "KEY" or "KEY=TENANT"; none: any key, or none, is accepted */
     int n_api_keys;
+    const char *const *renderers; /* of each served model, entries NULL: by its folder; or NULL */
     const char
         *public_url; /* base of absolute URLs, without trailing '/'; NULL: from the request */
     bool loopback;   /* listening on loopback only: get_info may name local folders */
@@ -53,7 +54,7 @@ struct tb_route_match {
 };
 struct tb_route {
     enum tb_http_method method;
-    const char *pattern; /* "/api/v1/training_runs/{}/checkpoints/{}/{}" */
+    const char *pattern; /* "/api/v1/training_runs/{}/checkpoints/{}/{}"; {*}: all the rest */
     void (*handle)(struct tb_api *a, struct tb_http_request *req, const struct tb_route_match *m);
     bool open; /* no API key needed */
 };
@@ -61,6 +62,8 @@ struct tb_face {
     const char *name;
     const struct tb_route *routes;
     int n_routes;
+    /* How a missing key is told; NULL: tb_api_error */
+    void (*error)(struct tb_http_request *req, const struct tb_error *err);
 };
 
 struct tb_core *tb_api_core(struct tb_api *a);

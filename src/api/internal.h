@@ -21,6 +21,7 @@
 
 struct tb_api_own_route; /* an embedder's */
 struct tb_api_key;       /* key.c */
+struct tb_llm_models;
 
 struct tb_api {
     uv_loop_t *loop;
@@ -32,7 +33,9 @@ struct tb_api {
     struct tb_api_key *keys; /* in `strings` */
     int n_keys;
     struct tb_tenant *everyone; /* when there are no keys */
-    struct tb_map downloads;    /* token → struct tb_download (rest_external.c) */
+    int64_t started_us;
+    struct tb_llm_models *llm; /* what the faces for text know of the models */
+    struct tb_map downloads;   /* token → struct tb_download (rest_external.c) */
     struct tb_list downloads_by_age;
     size_t n_downloads;
     unsigned pending; /* jobs in the pool and callbacks we wait for */
@@ -49,7 +52,8 @@ void tb_api_work_end(struct tb_api *a);
 int tb_api_keys_init(struct tb_api *a, const char *const *keys, int n, struct tb_error *err);
 /* Finds out who asks: fills in req->client, or false. */
 bool tb_api_authorize(const struct tb_api *a, struct tb_http_request *req);
-void tb_api_refuse_key(struct tb_http_request *req);
+/* In the face's shape; face NULL: tb_api_error's. */
+void tb_api_refuse_key(struct tb_http_request *req, const struct tb_face *face);
 /* Whose key or token it is, or NULL. */
 struct tb_tenant *tb_api_key_tenant(const struct tb_api *a, struct tb_arena *arena,
                                     struct tb_span given);
@@ -100,5 +104,8 @@ const char *tb_api_idempotency_key(struct tb_http_request *req);
 /* The faces (tables in their folders). */
 extern const struct tb_face tb_face_tinker;
 extern const struct tb_face tb_face_admin;
+extern const struct tb_face tb_face_openai;
+extern const struct tb_face tb_face_ollama;
+extern const struct tb_face tb_face_llamacpp;
 
 #endif

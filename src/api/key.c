@@ -174,7 +174,7 @@ bool tb_api_authorize(const struct tb_api *a, struct tb_http_request *req)
     return req->client != NULL;
 }
 
-void tb_api_refuse_key(struct tb_http_request *req)
+void tb_api_refuse_key(struct tb_http_request *req, const struct tb_face *face)
 {
     struct tb_error e = {0};
     struct tb_http_field again = {"WWW-Authenticate", "Bearer error=\"invalid_token\""};
@@ -182,6 +182,10 @@ void tb_api_refuse_key(struct tb_http_request *req)
     tb_error_set(&e, TB_EAUTH, "%s",
                  given.p ? "this API key is not accepted"
                          : "no API key: send X-API-Key, or Authorization: Bearer");
+    if (face && face->error) {
+        face->error(req, &e);
+        return;
+    }
     tb_api_error_with(req, &e, &again, is_token(given)); /* the SDK then exchanges its key anew */
 }
 

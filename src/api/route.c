@@ -1,4 +1,7 @@
-/* Matching of a path against a pattern with {} segments. Pure; parameters borrow from the path. */
+/* Matching of a path against a pattern with {} segments, or {*} at its end. Pure; parameters borrow
+ * from the path. */
+#include <string.h>
+
 #include "api/internal.h"
 #include "util/mem.h"
 
@@ -7,6 +10,11 @@ bool tb_route_match_path(const char *pattern, struct tb_span path, struct tb_rou
     const char *p = path.p, *end = path.p + path.n;
     size_t n = 0;
     while (*pattern) {
+        if (strcmp(pattern, "{*}") == 0) {
+            if (p == end || n == TB_ARRAY_LEN(m->params)) return false;
+            m->params[n] = (struct tb_span){p, (size_t)(end - p)};
+            return true;
+        }
         if (pattern[0] == '{' && pattern[1] == '}') {
             const char *from = p;
             while (p < end && *p != '/')

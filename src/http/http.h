@@ -112,6 +112,9 @@ void tb_http_respond(struct tb_http_request *req, int status, const char *conten
 void tb_http_respond_owned(struct tb_http_request *req, int status, const char *content_type,
                            void *body, size_t body_len, void (*free_body)(void *arg),
                            void *body_arg, const struct tb_http_field *fields, size_t n_fields);
+/* The client went away while no on_abort was set: an answer, which is owed all the same, goes
+ * nowhere. */
+bool tb_http_request_gone(struct tb_http_request *req);
 /* Sends a regular file (with Range: single byte ranges, 206/416), reading it in the uv pool, never
  * whole in memory. 404 when it cannot be opened. */
 void tb_http_respond_file(struct tb_http_request *req, const char *path, const char *content_type,

@@ -200,6 +200,11 @@ void tb_http_exchange_abort(struct tb_http_exchange *x)
     tb_list_push(&x->server->orphans, &x->node);
 }
 
+bool tb_http_request_gone(struct tb_http_request *req)
+{
+    return tb_http_exchange_of(req)->orphan;
+}
+
 bool tb_http_answer_begin(struct tb_http_exchange *x)
 {
     if (x->orphan) {

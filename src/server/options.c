@@ -77,18 +77,26 @@ static int set_model(struct tb_cli *c, const char *name, const char *text, struc
     char *dir = strchr(copy, '=');
     if (!dir || dir == copy || !dir[1]) {
         tb_free(copy);
-        return tb_error_set(err, TB_EINVAL, "%s %s: expected NAME=DIR[,tokenizer=ID]", name, text);
+        return tb_error_set(err, TB_EINVAL,
+                            "%s %s: expected NAME=DIR[,tokenizer=ID][,renderer=NAME]", name, text);
     }
     *dir++ = '\0';
     tb_model_option_t *m = &o->models[o->n_models];
-    char *tokenizer = strstr(dir, ",tokenizer=");
-    if (tokenizer) {
-        *tokenizer = '\0';
-        m->tokenizer = tokenizer + strlen(",tokenizer=");
-        if (!m->tokenizer[0]) {
-            tb_free(copy);
-            return tb_error_set(err, TB_EINVAL, "%s %s: tokenizer= is empty", name, text);
-        }
+    const struct {
+        const char *key;
+        const char **value;
+    } more[] = {{",tokenizer=", &m->tokenizer}, {",renderer=", &m->renderer}};
+    char *at[TB_ARRAY_LEN(more)];
+    for (size_t i = 0; i < TB_ARRAY_LEN(more); i++) {
+        *more[i].value = NULL;
+        if ((at[i] = strstr(dir, more[i].key))) *more[i].value = at[i] + strlen(more[i].key);
+    }
+    for (size_t i = 0; i < TB_ARRAY_LEN(more); i++) {
+        if (at[i]) *at[i] = '\0';
+        if (!*more[i].value || (*more[i].value)[0]) continue;
+        tb_error_set(err, TB_EINVAL, "%s %s: %s is empty", name, text, more[i].key + 1);
+        tb_free(copy);
+        return TB_EINVAL;
     }
     m->name = copy;
     m->dir = dir;
@@ -271,9 +279,11 @@ static const struct option_row {
     int (*set)(struct tb_cli *c, const char *name, const char *text, struct tb_error *err);
     const char *help;
 } option_rows[] = {
-    {"--model", "NAME=DIR[,tokenizer=ID]", set_model,
+    {"--model", "NAME=DIR[,tokenizer=ID][,renderer=NAME]", set_model,
      "serve the Hugging Face folder DIR under NAME; may be repeated. ID is what clients\n"
-     "are told to load as tokenizer (default: DIR on loopback, else NAME)"},
+     "are told to load as tokenizer (default: DIR on loopback, else NAME). renderer names how\n"
+     "chats become tokens (default: by DIR's chat template): role_colon, llama3, qwen3,\n"
+     "qwen3_disable_thinking, qwen3_instruct, qwen3_5, qwen3_5_disable_thinking"},
     {"--listen", "HOST:PORT", set_listen,
      "address to listen on (default 127.0.0.1:8000); port 0 takes a free one"},
     {"--data", "DIR", set_data,

@@ -139,8 +139,12 @@ static int create_api(tb_server_t *s, const tb_options_t *o, struct tb_error *er
         if (tb_api_key_split(o->api_keys[0], &key, &tenant, err)) return err->code;
         s->call_key = tb_arena_strndup(&s->strings, key.p, key.n);
     }
+    const char *renderers[TB_MAX_MODELS];
+    for (int i = 0; i < o->n_models; i++)
+        renderers[i] = o->models[i].renderer;
     struct tb_api_options ao = {.api_keys = o->api_keys,
                                 .n_api_keys = o->n_api_keys,
+                                .renderers = renderers,
                                 .public_url = o->public_url,
                                 .loopback = true,
                                 .max_body = (size_t)o->max_body,

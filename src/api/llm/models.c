@@ -1,0 +1,204 @@
+/*
+ * The served models as faces for text see them (see llm.h). A model's vocabulary is made with the
+ * first grammar; grammars are kept, since clients ask with the same schema again and again.
+ *
+ * Owner: the api object. Thread: the list is constant; what it keeps is under a lock.
+ */
+#include <string.h>
+
+#include "api/llm/llm.h"
+#include "util/mem.h"
+
+#define KEPT 16 /* grammars of a model */
+
+struct kept {
+    char *schema; /* NULL: any object */
+    size_t n;
+    struct tb_llm_grammar g;
+};
+
+struct tb_llm_model {
+    struct tb_served_model info;
+    const struct tb_renderer *renderer; /* NULL without tokenizer */
+    struct keep {
+        uv_mutex_t lock;
+        struct tb_vocab *vocab;
+        struct kept kept[KEPT];
+        unsigned n_kept; /* ever; the oldest is overwritten */
+    } * keep;
+};
+
+struct tb_llm_models {
+    int n;
+    struct tb_llm_model m[];
+};
+
+static int choose_renderer(struct tb_llm_model *m, const char *name, struct tb_error *err)
+{
+    if (!m->info.text) {
+        if (!name) return 0;
+        return tb_error_set(err, TB_EINVAL, "%s: renderer=%s, but the folder has no tokenizer.json",
+                            m->info.name, name);
+    }
+    m->renderer = name ? tb_renderer_find(name) : tb_renderer_choose(m->info.dir, m->info.text);
+    if (!m->renderer)
+        return tb_error_set(err, TB_EINVAL, "%s: renderer=%s is none of %s", m->info.name, name,
+                            tb_renderer_names());
+    if (!tb_renderer_has_tokens(m->renderer, m->info.text))
+        return tb_error_set(err, TB_EINVAL,
+                            "%s: renderer=%s, but the tokenizer has no token that ends its turns",
+                            m->info.name, name);
+    return 0;
+}
+
+int tb_llm_models_create(struct tb_api *a, const char *const *renderers, struct tb_error *err)
+{
+    int n = tb_core_n_models(a->core);
+    struct tb_llm_models *l = tb_calloc(1, sizeof(*l) + (size_t)n * sizeof(l->m[0]));
+    a->llm = l;
+    int rc = 0;
+    for (int i = 0; rc == 0 && i < n; i++) {
+        struct tb_llm_model *m = &l->m[i];
+        tb_core_served_model(a->core, i, &m->info);
+        m->keep = tb_calloc(1, sizeof(*m->keep));
+        TB_BUG_ON(uv_mutex_init(&m->keep->lock));
+        l->n = i + 1;
+        rc = choose_renderer(m, renderers ? renderers[i] : NULL, err);
+    }
+    return rc;
+}
+
+void tb_llm_models_destroy(struct tb_llm_models *l)
+{
+    for (int i = 0; l && i < l->n; i++) {
+        struct keep *k = l->m[i].keep;
+        for (int j = 0; j < KEPT; j++) {
+            tb_grammar_unref(k->kept[j].g.g);
+            tb_free(k->kept[j].schema);
+        }
+        tb_vocab_destroy(k->vocab);
+        uv_mutex_destroy(&k->lock);
+        tb_free(k);
+    }
+    tb_free(l);
+}
+
+const struct tb_llm_model *tb_llm_model_find(struct tb_api *a, const char *name)
+{
+    static const char latest[] = ":latest";
+    const struct tb_llm_models *l = a->llm;
+    if (!name) return l->n ? &l->m[0] : NULL;
+    size_t n = strlen(name), cut = sizeof(latest) - 1;
+    for (int i = 0; i < l->n; i++) {
+        const char *own = l->m[i].info.name;
+        if (strcmp(own, name) == 0) return &l->m[i];
+        if (n > cut && strcmp(name + n - cut, latest) == 0 && strlen(own) == n - cut &&
+            strncmp(own, name, n - cut) == 0)
+            return &l->m[i];
+    }
+    return NULL;
+}
+
+const struct tb_llm_model *tb_llm_model_at(struct tb_api *a, int i)
+{
+    return i < a->llm->n ? &a->llm->m[i] : NULL;
+}
+
+const struct tb_served_model *tb_llm_model_info(const struct tb_llm_model *m)
+{
+    return &m->info;
+}
+
+const struct tb_renderer *tb_llm_model_renderer(const struct tb_llm_model *m)
+{
+    return m->renderer;
+}
+
+/* ---- grammars */
+
+static const struct kept *find_kept(const struct keep *k, bool json, struct tb_span schema)
+{
+    for (int i = 0; i < KEPT; i++) {
+        const struct kept *x = &k->kept[i];
+        if (!x->g.g || json != !x->schema) continue;
+        if (json || (x->n == schema.n && memcmp(x->schema, schema.p, schema.n) == 0)) return x;
+    }
+    return NULL;
+}
+
+static int make(const struct tb_llm_model *m, bool json, struct tb_span schema,
+                struct tb_llm_grammar *out, struct tb_error *err)
+{
+    struct keep *k = m->keep;
+    int rc = k->vocab ? 0 : tb_vocab_create(m->info.text, m->info.vocab, &k->vocab, err);
+    if (rc) return rc;
+    rc = json ? tb_grammar_create_json(k->vocab, &out->g, err)
+              : tb_grammar_create_schema(k->vocab, schema, &out->g, err);
+    if (rc) return rc;
+    out->start = tb_grammar_start(out->g);
+    out->shortest = tb_grammar_shortest(out->g);
+    struct kept *x = &k->kept[k->n_kept++ % KEPT];
+    tb_grammar_unref(x->g.g);
+    tb_free(x->schema);
+    tb_grammar_ref(out->g);
+    *x = (struct kept){json ? NULL : tb_strndup(schema.p, schema.n), schema.n, *out};
+    return 0;
+}
+
+int tb_llm_grammar_get(const struct tb_llm_model *m, bool json, struct tb_span schema,
+                       struct tb_llm_grammar *out, struct tb_error *err)
+{
+    int rc = 0;
+    if (!m->info.text)
+        return tb_error_set(err, TB_EUNSUPPORTED, "%s has no tokenizer.json", m->info.name);
+    uv_mutex_lock(&m->keep->lock);
+    const struct kept *x = find_kept(m->keep, json, schema);
+    if (x) {
+        *out = x->g;
+        tb_grammar_ref(out->g);
+    } else {
+        rc = make(m, json, schema, out, err);
+    }
+    uv_mutex_unlock(&m->keep->lock);
+    return rc;
+}
+
+/* ---- a grammar as the filter of a sample; runs on the engine's thread, which alone uses the
+ * grammar's states */
+
+struct filter {
+    struct tb_token_filter f;
+    struct tb_grammar *g;
+};
+
+static const uint64_t *filter_mask(struct tb_token_filter *f, uint64_t state, int32_t left,
+                                   bool *may_end)
+{
+    struct tb_grammar *g = TB_CONTAINER_OF(f, struct filter, f)->g;
+    *may_end = tb_grammar_complete(g, (uint32_t)state);
+    return tb_grammar_mask(g, (uint32_t)state, (uint32_t)left);
+}
+
+static uint64_t filter_accept(struct tb_token_filter *f, uint64_t state, int32_t token, bool *over)
+{
+    struct tb_grammar *g = TB_CONTAINER_OF(f, struct filter, f)->g;
+    uint32_t to = tb_grammar_accept(g, (uint32_t)state, token);
+    *over = tb_grammar_final(g, to);
+    return to;
+}
+
+static void filter_destroy(struct tb_token_filter *f)
+{
+    struct filter *x = TB_CONTAINER_OF(f, struct filter, f);
+    tb_grammar_unref(x->g);
+    tb_free(x);
+}
+
+struct tb_token_filter *tb_llm_filter(const struct tb_llm_grammar *g)
+{
+    struct filter *x = tb_calloc(1, sizeof(*x));
+    tb_grammar_ref(g->g);
+    x->g = g->g;
+    x->f = (struct tb_token_filter){g->start, filter_mask, filter_accept, filter_destroy};
+    return &x->f;
+}
