@@ -342,11 +342,24 @@ bool tb_sampler_id_well_formed(const char *id)
            tb_request_id_well_formed(req, (size_t)n);
 }
 
+/* Whether a sample waits for memory. */
+static bool cache_full(const struct tb_future *f, char *reason, size_t n)
+{
+    if (f->phase != TB_PHASE_RUNNING || f->op->type != TB_OP_SAMPLE) return false;
+    struct tb_engine_stats s = {0};
+    tb_engine_stats(f->core->engine, &s);
+    if (s.kv.n_pages == 0 || s.kv.n_free + s.kv.n_cached > 0) return false;
+    snprintf(reason, n, "the KV cache is full: all %llu pages are in use",
+             (unsigned long long)s.kv.n_pages);
+    return true;
+}
+
 static void pending_answer(struct tb_waiter *w, const struct tb_future *f)
 {
     char reason[128];
     const char *why = NULL;
     const char *state = tb_tenant_paused(f->core, f->session->tenant, reason, sizeof(reason));
+    if (!state && cache_full(f, reason, sizeof(reason))) state = "paused_capacity";
     if (state) {
         why = reason;
     } else if (f->phase == TB_PHASE_BLOCKED && f->model) {

@@ -1,10 +1,10 @@
 /*
- * Files as answers: opened, examined and read piece by piece in the uv pool; the next piece is read
- * when the socket has taken the last one, so a slow client costs one piece of memory.
+ * Files and sources as answers: opened, examined and read piece by piece in the uv pool; the next
+ * piece is read when the socket has taken the last one, so a slow client costs one piece of memory.
  *
  * Owner: the exchange, except while a pool request is in flight: if the exchange goes away then,
- * the request's callback frees the file. The server waits for such files before it goes. Thread:
- * the loop's.
+ * the request's callback frees the file or source. The server waits for such files before it goes.
+ * Thread: the loop's.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -18,10 +18,13 @@ enum { PIECE = 256 * 1024 };
 
 struct tb_http_file {
     struct tb_http_server *server;
-    struct tb_http_exchange *x; /* NULL: detached */
+    struct tb_http_exchange *x;    /* NULL: detached */
+    struct tb_http_source *source; /* NULL: a file */
     uv_fs_t fs;
-    bool busy;    /* fs is in flight */
-    bool sending; /* a piece (or the head) is on its way */
+    uv_work_t work; /* reads the source */
+    ssize_t got;    /* of the source */
+    bool busy;      /* fs or work is in flight */
+    bool sending;   /* a piece (or the head) is on its way */
     uv_file fd;
     uint64_t at, left; /* what is still to be read */
     char *content_type;
@@ -32,11 +35,10 @@ struct tb_http_file {
 
 enum { OUR_FIELDS = 3 };
 
-static void file_closed(uv_fs_t *fs)
+static void file_free(struct tb_http_file *f)
 {
-    struct tb_http_file *f = TB_CONTAINER_OF(fs, struct tb_http_file, fs);
     struct tb_http_server *s = f->server;
-    uv_fs_req_cleanup(fs);
+    if (f->source) f->source->free(f->source);
     for (size_t i = 0; f->fields && i < f->n_fields; i++) {
         tb_free((char *)(uintptr_t)f->fields[i].name);
         tb_free((char *)(uintptr_t)f->fields[i].value);
@@ -49,10 +51,17 @@ static void file_closed(uv_fs_t *fs)
     tb_http_server_check(s);
 }
 
+static void file_closed(uv_fs_t *fs)
+{
+    struct tb_http_file *f = TB_CONTAINER_OF(fs, struct tb_http_file, fs);
+    uv_fs_req_cleanup(fs);
+    file_free(f);
+}
+
 static void file_destroy(struct tb_http_file *f)
 {
     if (f->fd < 0) {
-        file_closed(&f->fs);
+        file_free(f);
         return;
     }
     f->busy = true;
@@ -73,9 +82,10 @@ static void finish(struct tb_http_file *f, bool complete)
     struct tb_http_conn *c = x->req.conn;
     bool call = x->call != NULL;
     tb_http_file_detach(f);
-    if (call) {
-        if (!complete) tb_log(TB_LOG_ERROR, "http", "a file ended early");
+    if (call && complete) {
         tb_http_call_done(x);
+    } else if (call) {
+        tb_http_call_cut(x);
     } else if (complete) {
         tb_http_conn_sent(c);
     } else {
@@ -85,11 +95,9 @@ static void finish(struct tb_http_file *f, bool complete)
 
 static void read_next(struct tb_http_file *f);
 
-static void read_done(uv_fs_t *fs)
+/* A piece has been read. */
+static void read_end(struct tb_http_file *f, ssize_t n)
 {
-    struct tb_http_file *f = TB_CONTAINER_OF(fs, struct tb_http_file, fs);
-    ssize_t n = fs->result;
-    uv_fs_req_cleanup(fs);
     f->busy = false;
     if (!f->x) {
         file_destroy(f);
@@ -97,7 +105,7 @@ static void read_done(uv_fs_t *fs)
     }
     if (n <= 0) { /* an error, or the file shrank: the announced length cannot be kept */
         tb_log(TB_LOG_ERROR, "http", "cannot read a file: %s",
-               n < 0 ? uv_strerror((int)n) : "unexpected end");
+               n < 0 ? tb_error_name((int)n) : "unexpected end");
         finish(f, false);
         return;
     }
@@ -115,11 +123,40 @@ static void read_done(uv_fs_t *fs)
     if (tb_http_conn_send(c, &buf, 1, true)) tb_http_conn_sent(c);
 }
 
+static void file_read(uv_fs_t *fs)
+{
+    struct tb_http_file *f = TB_CONTAINER_OF(fs, struct tb_http_file, fs);
+    ssize_t n = fs->result;
+    uv_fs_req_cleanup(fs);
+    read_end(f, n);
+}
+
+static size_t piece(const struct tb_http_file *f)
+{
+    return (size_t)TB_MIN(f->left, (uint64_t)PIECE);
+}
+
+/* Pool thread. */
+static void source_work(uv_work_t *w)
+{
+    struct tb_http_file *f = TB_CONTAINER_OF(w, struct tb_http_file, work);
+    int rc = f->source->read(f->source, f->at, f->buf, piece(f));
+    f->got = rc ? rc : (ssize_t)piece(f);
+}
+
+static void source_read(uv_work_t *w, int status)
+{
+    struct tb_http_file *f = TB_CONTAINER_OF(w, struct tb_http_file, work);
+    read_end(f, status ? status : f->got);
+}
+
 static void read_next(struct tb_http_file *f)
 {
-    uv_buf_t buf = {.base = f->buf, .len = (size_t)TB_MIN(f->left, (uint64_t)PIECE)};
+    uv_buf_t buf = {.base = f->buf, .len = piece(f)};
+    uv_loop_t *loop = f->server->loop;
     f->busy = true;
-    int rc = uv_fs_read(f->server->loop, &f->fs, f->fd, &buf, 1, (int64_t)f->at, read_done);
+    int rc = f->source ? uv_queue_work(loop, &f->work, source_work, source_read)
+                       : uv_fs_read(loop, &f->fs, f->fd, &buf, 1, (int64_t)f->at, file_read);
     if (rc) {
         f->busy = false;
         finish(f, false);
@@ -185,45 +222,33 @@ static void field_add(struct tb_http_file *f, const char *name, const char *valu
     f->fields[f->n_fields++] = (struct tb_http_field){tb_strdup(name), tb_strdup(value)};
 }
 
-static void stat_done(uv_fs_t *fs)
+/* Sends the head, and the first piece when there is one. */
+static void send_head(struct tb_http_file *f, uint64_t size, int64_t modified_s)
 {
-    struct tb_http_file *f = TB_CONTAINER_OF(fs, struct tb_http_file, fs);
-    ssize_t rc = fs->result;
-    uv_stat_t st = fs->statbuf;
-    uv_fs_req_cleanup(fs);
-    f->busy = false;
     struct tb_http_exchange *x = f->x;
-    if (!x) {
-        file_destroy(f);
-        return;
-    }
-    if (rc < 0 || (st.st_mode & S_IFMT) != S_IFREG) {
-        fail(f, 404, "file not found");
-        return;
-    }
     char text[96], modified[TB_TIME_TEXT];
-    tb_clock_http_date((int64_t)st.st_mtim.tv_sec * 1000000, modified);
-    uint64_t first = 0, last = st.st_size ? st.st_size - 1 : 0;
+    tb_clock_http_date(modified_s * 1000000, modified);
+    uint64_t first = 0, last = size ? size - 1 : 0;
     enum range range = RANGE_NONE;
     struct tb_span want = tb_http_header_get(&x->req, "range");
     struct tb_span condition = tb_http_header_get(&x->req, "if-range");
     if (want.p && x->req.method == TB_HTTP_GET &&
         (!condition.p || tb_span_eq(condition, modified))) {
-        range = range_parse(want, st.st_size, &first, &last);
+        range = range_parse(want, size, &first, &last);
     }
     int status = 200;
     f->at = first;
-    f->left = st.st_size;
+    f->left = size;
     if (range == RANGE_BAD) {
         status = 416;
         f->left = 0;
-        snprintf(text, sizeof(text), "bytes */%llu", (unsigned long long)st.st_size);
+        snprintf(text, sizeof(text), "bytes */%llu", (unsigned long long)size);
         field_add(f, "Content-Range", text);
     } else if (range == RANGE_OK) {
         status = 206;
         f->left = last - first + 1;
         snprintf(text, sizeof(text), "bytes %llu-%llu/%llu", (unsigned long long)first,
-                 (unsigned long long)last, (unsigned long long)st.st_size);
+                 (unsigned long long)last, (unsigned long long)size);
         field_add(f, "Content-Range", text);
     }
     field_add(f, "Accept-Ranges", "bytes");
@@ -253,6 +278,21 @@ static void stat_done(uv_fs_t *fs)
     }
 }
 
+static void stat_done(uv_fs_t *fs)
+{
+    struct tb_http_file *f = TB_CONTAINER_OF(fs, struct tb_http_file, fs);
+    ssize_t rc = fs->result;
+    uv_stat_t st = fs->statbuf;
+    uv_fs_req_cleanup(fs);
+    f->busy = false;
+    if (!f->x)
+        file_destroy(f);
+    else if (rc < 0 || (st.st_mode & S_IFMT) != S_IFREG)
+        fail(f, 404, "file not found");
+    else
+        send_head(f, st.st_size, st.st_mtim.tv_sec);
+}
+
 static void open_done(uv_fs_t *fs)
 {
     struct tb_http_file *f = TB_CONTAINER_OF(fs, struct tb_http_file, fs);
@@ -272,11 +312,9 @@ static void open_done(uv_fs_t *fs)
     if (rc) fail(f, 404, "file not found");
 }
 
-void tb_http_respond_file(struct tb_http_request *req, const char *path, const char *content_type,
-                          const struct tb_http_field *fields, size_t n_fields)
+static struct tb_http_file *file_create(struct tb_http_exchange *x, const char *content_type,
+                                        const struct tb_http_field *fields, size_t n_fields)
 {
-    struct tb_http_exchange *x = tb_http_exchange_of(req);
-    if (!tb_http_answer_begin(x)) return;
     struct tb_http_server *s = x->server;
     struct tb_http_file *f = tb_calloc(1, sizeof(*f));
     f->server = s;
@@ -288,9 +326,32 @@ void tb_http_respond_file(struct tb_http_request *req, const char *path, const c
         field_add(f, fields[i].name, fields[i].value);
     x->file = f;
     s->n_files++;
+    return f;
+}
+
+void tb_http_respond_source(struct tb_http_request *req, struct tb_http_source *s,
+                            const char *content_type, const struct tb_http_field *fields,
+                            size_t n_fields)
+{
+    struct tb_http_exchange *x = tb_http_exchange_of(req);
+    if (!tb_http_answer_begin(x)) {
+        s->free(s);
+        return;
+    }
+    struct tb_http_file *f = file_create(x, content_type, fields, n_fields);
+    f->source = s;
+    send_head(f, s->size, s->modified_s);
+}
+
+void tb_http_respond_file(struct tb_http_request *req, const char *path, const char *content_type,
+                          const struct tb_http_field *fields, size_t n_fields)
+{
+    struct tb_http_exchange *x = tb_http_exchange_of(req);
+    if (!tb_http_answer_begin(x)) return;
+    struct tb_http_file *f = file_create(x, content_type, fields, n_fields);
     /* Not blocking: a FIFO must not hold a pool thread. It is refused once it is examined. */
     f->busy = true;
-    int rc = uv_fs_open(s->loop, &f->fs, path, O_RDONLY | O_NONBLOCK, 0, open_done);
+    int rc = uv_fs_open(x->server->loop, &f->fs, path, O_RDONLY | O_NONBLOCK, 0, open_done);
     if (rc) {
         f->busy = false;
         fail(f, 404, "file not found");

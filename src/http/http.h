@@ -119,6 +119,17 @@ bool tb_http_request_gone(struct tb_http_request *req);
  * whole in memory. 404 when it cannot be opened. */
 void tb_http_respond_file(struct tb_http_request *req, const char *path, const char *content_type,
                           const struct tb_http_field *fields, size_t n_fields);
+/* Sends bytes that somebody makes, of a known size, in the same way. */
+struct tb_http_source {
+    uint64_t size;
+    int64_t modified_s; /* seconds since 1970 */
+    /* In the pool, one call at a time: all n bytes from `at`, or negative. */
+    int (*read)(struct tb_http_source *s, uint64_t at, void *to, size_t n);
+    void (*free)(struct tb_http_source *s); /* on the loop, when it is not needed any more */
+};
+void tb_http_respond_source(struct tb_http_request *req, struct tb_http_source *s,
+                            const char *content_type, const struct tb_http_field *fields,
+                            size_t n_fields);
 /* Streaming answer (chunked; HTTP/1.0: until close). begin, then any number of chunks, then end.
  * After on_abort the calls are ignored... the handler must still stop calling.
  * tb_http_stream_pending gives the bytes not yet written, for back-pressure. */

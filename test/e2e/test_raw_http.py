@@ -668,6 +668,24 @@ def test_archives(raw, model, kind, path):
         assert struct.unpack("<Q", weights[:8])[0] < len(weights)
         assert json.load(tar.extractfile(members["adapter_config.json"]))["r"] == 8
     assert raw.call("GET", url.path[:-14] + "0000archive.tar", key=False).status in (401, 403, 404)
+    # its size is known, and it is sent in parts to those who ask
+    head = raw.call("HEAD", url.path, key=False)
+    assert head.status == 200 and int(head.headers["content-length"]) == len(answer.body) and head.body == b""
+    assert answer.headers["accept-ranges"] == "bytes" and len(answer.body) % 512 == 0
+
+    def part(value, **more):
+        return raw.call("GET", url.path, headers={"Range": value, **more}, key=False)
+
+    size = len(answer.body)
+    for a, b in ((0, 0), (257, 261), (511, 512), (100, 3000), (size - 1600, size - 1), (0, size - 1)):
+        reply = part(f"bytes={a}-{b}")
+        assert reply.status == 206 and reply.body == answer.body[a:b + 1]
+        assert reply.headers["content-range"] == f"bytes {a}-{b}/{size}"
+    assert part("bytes=-1024").body == b"\0" * 1024 and part(f"bytes={size - 5}-").body == b"\0" * 5
+    beyond = part(f"bytes={size}-")
+    assert beyond.status == 416 and beyond.headers["content-range"] == f"bytes */{size}"
+    assert part("bytes=0-9", **{"If-Range": answer.headers["last-modified"]}).status == 206
+    assert part("bytes=0-9", **{"If-Range": "Thu, 01 Jan 1970 00:00:00 GMT"}).body == answer.body
     refused(raw.get(f"training_runs/{model}/checkpoints/{kind}/b/archive"), (404,))
 
 

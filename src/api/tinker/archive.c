@@ -1,10 +1,9 @@
 /*
- * A checkpoint as one uncompressed tar, made while it is sent: the pool reads a piece of the
- * folder, the loop writes it, and the next piece is read when the socket has taken most of what was
- * written.
+ * A checkpoint as one uncompressed tar that is nowhere stored: its files are opened, and their
+ * sizes say what lies where in the tar, so that any part of it can be made when it is asked for.
  *
- * Owner: a struct archive lives until its last piece or the client's end; the pool has it while a
- * piece is being read. Thread: the loop's, fill() in the pool.
+ * Owner: a struct archive is http's from the answer on. Thread: the pool's while it is being opened
+ * or read, else the loop's.
  */
 #include <dirent.h>
 #include <errno.h>
@@ -19,49 +18,43 @@
 #include "util/log.h"
 #include "util/mem.h"
 
-enum { PIECE = 256 * 1024, BLOCK = 512, MAX_FILES = 64, HIGH_WATER = 1 << 20, WAIT_MS = 5 };
+enum { BLOCK = 512, END = 2 * BLOCK, MAX_FILES = 64 };
+
+struct member {
+    char *name;
+    int fd;
+    uint64_t at, size; /* of its header in the tar, and its bytes */
+    char header[BLOCK];
+};
 
 struct archive {
+    struct tb_http_source source;
     uv_work_t work;
-    uv_timer_t timer; /* waits for the socket */
     struct tb_api *a;
-    struct tb_http_request *req; /* NULL: the client is gone */
-    bool begun, working, done;
-    /* the pool's while working */
+    struct tb_http_request *req;
     char *dir_path;
-    DIR *dir;
-    char *names[MAX_FILES];
-    int n_names, next;
-    int fd;         /* of the file being read, or -1 */
-    uint64_t left;  /* its bytes still to come */
-    size_t padding; /* zeros after it */
+    struct member *members; /* by name, and so by place */
+    int n;
     struct tb_error err;
-    char *buf; /* [PIECE] */
-    size_t n;
 };
+
+static void archive_free(struct tb_http_source *source)
+{
+    struct archive *s = TB_CONTAINER_OF(source, struct archive, source);
+    for (int i = 0; i < s->n; i++) {
+        if (s->members[i].fd >= 0) close(s->members[i].fd);
+        tb_free(s->members[i].name);
+    }
+    tb_free(s->members);
+    tb_free(s->dir_path);
+    tb_free(s);
+}
 
 /* ---- in the pool */
 
 static int by_name(const void *a, const void *b)
 {
-    return strcmp(*(char *const *)a, *(char *const *)b);
-}
-
-static int list_files(struct archive *s)
-{
-    s->dir = opendir(s->dir_path);
-    if (!s->dir)
-        return tb_error_set(&s->err, errno == ENOENT ? TB_ENOTFOUND : TB_EIO,
-                            "the checkpoint cannot be read: %s", strerror(errno));
-    for (struct dirent *d; s->n_names < MAX_FILES && (d = readdir(s->dir));) {
-        struct stat st;
-        if (d->d_name[0] == '.' || strlen(d->d_name) > 99) continue;
-        if (fstatat(dirfd(s->dir), d->d_name, &st, AT_SYMLINK_NOFOLLOW) || !S_ISREG(st.st_mode))
-            continue;
-        s->names[s->n_names++] = tb_strdup(d->d_name);
-    }
-    qsort(s->names, (size_t)s->n_names, sizeof(s->names[0]), by_name);
-    return 0;
+    return strcmp(((const struct member *)a)->name, ((const struct member *)b)->name);
 }
 
 /* A ustar header; sizes beyond eleven octal digits go in base 256. */
@@ -91,161 +84,118 @@ static void put_header(char *h, const char *name, const struct stat *st)
     h[155] = ' ';
 }
 
-static int open_next(struct archive *s)
+static int add_member(struct archive *s, int dir, const char *name)
 {
     struct stat st;
-    const char *name = s->names[s->next++];
-    s->fd = openat(dirfd(s->dir), name, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
-    if (s->fd < 0 || fstat(s->fd, &st))
+    struct member *m = &s->members[s->n];
+    if (fstatat(dir, name, &st, AT_SYMLINK_NOFOLLOW) || !S_ISREG(st.st_mode)) return 0;
+    m->fd = openat(dir, name, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
+    if (m->fd < 0 || fstat(m->fd, &st)) {
+        if (m->fd >= 0) close(m->fd);
         return tb_error_set(&s->err, TB_EIO, "cannot read %s: %s", name, strerror(errno));
-    put_header(s->buf + s->n, name, &st);
-    s->n += BLOCK;
-    s->left = (uint64_t)st.st_size;
-    s->padding = (size_t)(-s->left & (BLOCK - 1));
+    }
+    m->name = tb_strdup(name);
+    m->size = (uint64_t)st.st_size;
+    put_header(m->header, name, &st);
+    s->source.modified_s = TB_MAX(s->source.modified_s, (int64_t)st.st_mtime);
+    s->n++;
     return 0;
 }
 
-/* Fills the buffer; a multiple of BLOCK, so that headers never split. */
-static int fill(struct archive *s)
+static void open_members(uv_work_t *w)
 {
-    s->n = 0;
-    if (!s->dir) {
-        int rc = list_files(s);
-        if (rc) return rc;
+    struct archive *s = TB_CONTAINER_OF(w, struct archive, work);
+    DIR *dir = opendir(s->dir_path);
+    if (!dir) {
+        tb_error_set(&s->err, errno == ENOENT ? TB_ENOTFOUND : TB_EIO,
+                     "the checkpoint cannot be read: %s", strerror(errno));
+        return;
     }
-    while (s->n < PIECE) {
-        if (s->fd < 0 && s->padding == 0) {
-            if (s->next < s->n_names) {
-                int rc = open_next(s);
-                if (rc) return rc;
-                continue;
-            }
-            if (PIECE - s->n < 2 * BLOCK) return 0;
-            memset(s->buf + s->n, 0, 2 * BLOCK); /* the end of a tar */
-            s->n += 2 * BLOCK;
-            s->done = true;
-            return 0;
+    s->members = tb_calloc(MAX_FILES, sizeof(*s->members));
+    for (struct dirent *d; !s->err.code && s->n < MAX_FILES && (d = readdir(dir));) {
+        if (d->d_name[0] != '.' && strlen(d->d_name) < 100) add_member(s, dirfd(dir), d->d_name);
+    }
+    closedir(dir);
+    qsort(s->members, (size_t)s->n, sizeof(*s->members), by_name);
+    uint64_t at = 0;
+    for (int i = 0; i < s->n; i++) {
+        s->members[i].at = at;
+        at += BLOCK + (s->members[i].size + BLOCK - 1) / BLOCK * BLOCK;
+    }
+    s->source.size = at + END;
+}
+
+static int read_file(const struct member *m, uint64_t at, char *to, size_t n)
+{
+    while (n > 0) {
+        ssize_t r = pread(m->fd, to, n, (off_t)at);
+        if (r < 0 && errno == EINTR) continue;
+        if (r <= 0) {
+            tb_log(TB_LOG_ERROR, "api", "archive cut short: cannot read %s: %s", m->name,
+                   r ? strerror(errno) : "it became shorter");
+            return TB_EIO;
         }
-        if (s->left > 0) {
-            size_t want = (size_t)TB_MIN(s->left, (uint64_t)(PIECE - s->n));
-            ssize_t r = read(s->fd, s->buf + s->n, want);
-            if (r < 0 && errno == EINTR) continue;
-            if (r <= 0)
-                return tb_error_set(&s->err, TB_EIO, "cannot read %s: %s", s->names[s->next - 1],
-                                    r ? strerror(errno) : "it became shorter");
-            s->n += (size_t)r;
-            s->left -= (uint64_t)r;
-            continue;
-        }
-        if (s->fd >= 0) close(s->fd);
-        s->fd = -1;
-        memset(s->buf + s->n, 0, s->padding); /* fits: the buffer is a multiple of BLOCK */
-        s->n += s->padding;
-        s->padding = 0;
+        to += r;
+        at += (uint64_t)r;
+        n -= (size_t)r;
     }
     return 0;
 }
 
-static void on_work(uv_work_t *w)
+/* The part [from, from + len) of the tar, as far as it lies in [at, at + n): its start in the
+ * buffer and in itself, and its length. */
+static size_t overlap(uint64_t from, uint64_t len, uint64_t at, size_t n, size_t *in_buf,
+                      uint64_t *in_part)
 {
-    fill(TB_CONTAINER_OF(w, struct archive, work));
+    uint64_t begin = TB_MAX(from, at), end = TB_MIN(from + len, at + n);
+    if (begin >= end) return 0;
+    *in_buf = (size_t)(begin - at);
+    *in_part = begin - from;
+    return (size_t)(end - begin);
+}
+
+static int archive_read(struct tb_http_source *source, uint64_t at, void *to, size_t n)
+{
+    const struct archive *s = TB_CONTAINER_OF(source, struct archive, source);
+    char *buf = to;
+    size_t in_buf, k;
+    uint64_t from;
+    memset(buf, 0, n); /* what pads the files, and the end */
+    for (int i = 0; i < s->n; i++) {
+        const struct member *m = &s->members[i];
+        if ((k = overlap(m->at, BLOCK, at, n, &in_buf, &from)))
+            memcpy(buf + in_buf, m->header + from, k);
+        k = overlap(m->at + BLOCK, m->size, at, n, &in_buf, &from);
+        if (k && read_file(m, from, buf + in_buf, k)) return TB_EIO;
+    }
+    return 0;
 }
 
 /* ---- on the loop */
 
-static void on_closed(uv_handle_t *h)
-{
-    struct archive *s = TB_CONTAINER_OF((uv_timer_t *)h, struct archive, timer);
-    struct tb_api *a = s->a;
-    if (s->fd >= 0) close(s->fd);
-    if (s->dir) closedir(s->dir);
-    for (int i = 0; i < s->n_names; i++)
-        tb_free(s->names[i]);
-    tb_free(s->dir_path);
-    tb_free(s->buf);
-    tb_free(s);
-    tb_api_work_end(a);
-}
-
-static void finish(struct archive *s)
-{
-    if (s->req) {
-        s->req->on_abort = NULL;
-        s->req->user = NULL;
-    }
-    uv_close((uv_handle_t *)&s->timer, on_closed);
-}
-
-static void on_done(uv_work_t *w, int status);
-
-static void next_piece(struct archive *s)
-{
-    s->working = true;
-    if (uv_queue_work(tb_api_loop(s->a), &s->work, on_work, on_done) == 0) return;
-    tb_error_set(&s->err, TB_EINTERNAL, "cannot queue work");
-    on_done(&s->work, 0);
-}
-
-static void on_timer(uv_timer_t *t)
-{
-    struct archive *s = TB_CONTAINER_OF(t, struct archive, timer);
-    if (tb_http_stream_pending(s->req) > HIGH_WATER) {
-        uv_timer_start(&s->timer, on_timer, WAIT_MS, 0);
-        return;
-    }
-    next_piece(s);
-}
-
-static void on_done(uv_work_t *w, int status)
+static void on_opened(uv_work_t *w, int status)
 {
     struct archive *s = TB_CONTAINER_OF(w, struct archive, work);
-    (void)status;
-    s->working = false;
-    if (s->req && s->err.code) {
-        struct tb_http_request *req = s->req;
-        finish(s);
-        if (!s->begun) {
-            tb_api_error(req, &s->err);
-        } else { /* too late for a status */
-            tb_log(TB_LOG_ERROR, "api", "archive cut short: %s", s->err.msg);
-            tb_http_stream_cut(req);
-        }
-        return;
-    }
-    if (s->req && !s->begun) {
-        s->begun = true;
-        tb_http_stream_begin(s->req, 200, "application/x-tar", NULL, 0);
-    }
-    if (s->req) tb_http_stream_chunk(s->req, s->buf, s->n);
-    if (!s->req) {
-        finish(s);
-    } else if (s->done) {
-        struct tb_http_request *req = s->req;
-        finish(s);
-        tb_http_stream_end(req);
+    struct tb_api *a = s->a;
+    if (status) tb_error_set(&s->err, TB_EINTERNAL, "cannot queue work");
+    if (s->err.code) {
+        tb_api_error(s->req, &s->err);
+        archive_free(&s->source);
     } else {
-        on_timer(&s->timer);
+        tb_http_respond_source(s->req, &s->source, "application/x-tar", NULL, 0);
     }
-}
-
-static void on_abort(struct tb_http_request *req)
-{
-    struct archive *s = req->user;
-    s->req = NULL;
-    if (!s->working && uv_is_active((uv_handle_t *)&s->timer)) finish(s);
+    tb_api_work_end(a);
 }
 
 void tb_tinker_send_archive(struct tb_api *a, struct tb_http_request *req, const char *dir)
 {
     struct archive *s = tb_calloc(1, sizeof(*s));
+    s->source.read = archive_read;
+    s->source.free = archive_free;
     s->a = a;
     s->req = req;
-    s->fd = -1;
     s->dir_path = tb_strdup(dir);
-    s->buf = tb_malloc(PIECE);
-    uv_timer_init(tb_api_loop(a), &s->timer);
     tb_api_work_begin(a);
-    req->user = s;
-    req->on_abort = on_abort;
-    next_piece(s);
+    int rc = uv_queue_work(tb_api_loop(a), &s->work, open_members, on_opened);
+    if (rc) on_opened(&s->work, rc);
 }

@@ -26,6 +26,7 @@ struct tb_engine {
     struct tb_list tasks, adapters, versions, losses;
     struct tb_task *begun;
     size_t done[TB_TASK_SAMPLE + 1];
+    struct tb_kv_stats kv;
 };
 
 static const struct tb_model_info infos[] = {
@@ -80,6 +81,11 @@ void fake_engine_destroy(struct tb_engine *e)
     for (struct tb_list *n; (n = tb_list_pop(&e->losses));)
         tb_free(TB_LIST_ENTRY(n, struct loss, node));
     tb_free(e);
+}
+
+void fake_kv(struct tb_engine *e, uint64_t n_pages, uint64_t n_free)
+{
+    e->kv = (struct tb_kv_stats){.n_pages = n_pages, .n_free = n_free};
 }
 
 size_t fake_waiting(const struct tb_engine *e)
@@ -427,4 +433,5 @@ void tb_engine_stats(const struct tb_engine *e, struct tb_engine_stats *out)
     memset(out, 0, sizeof(*out));
     for (int i = 0; i <= TB_TASK_SAMPLE; i++)
         out->tasks_done[i] = e->done[i];
+    out->kv = e->kv;
 }

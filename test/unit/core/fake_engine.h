@@ -24,6 +24,7 @@ void fake_begin(
     struct tb_engine *e); /* the oldest task is running now: canceling does not stop it */
 /* The oldest task, a sample, has drawn n tokens more: seq_id + 0, seq_id + 1, ... */
 void fake_progress(struct tb_engine *e, int32_t n);
+void fake_kv(struct tb_engine *e, uint64_t n_pages, uint64_t n_free); /* what its stats tell */
 size_t fake_waiting(const struct tb_engine *e);
 size_t fake_waiting_of(const struct tb_engine *e, enum tb_task_type type);
 size_t fake_adapters(const struct tb_engine *e);

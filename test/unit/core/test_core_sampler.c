@@ -438,6 +438,28 @@ static void test_streams(void **state)
 
 #define T(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
 
+/* A poll says when memory is what a sample waits for. */
+static void test_cache_full(void **state)
+{
+    (void)state;
+    struct env e;
+    struct tb_core_options o = {.long_poll_ms = 1};
+    env_start(&e, &o);
+    char r[400];
+    struct waited a;
+    must_submit(&e, op_sample(open_sampler(&e, e.session, 0, "m0", NULL).id, 0), r);
+    for (uint64_t n_free = 0; n_free < 2; n_free++) {
+        fake_kv(e.engine, 7, n_free);
+        wait_on(&e, r, &a);
+        RUN_UNTIL(&e.loop, a.calls);
+        assert_int_equal(a.state, TB_FUTURE_PENDING);
+        assert_string_equal(a.queue, n_free ? "active" : "paused_capacity");
+        assert_int_equal(strstr(a.reason, "all 7 pages") != NULL, n_free == 0);
+    }
+    settle(&e);
+    env_stop(&e);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -452,6 +474,7 @@ int main(void)
         T(test_idle_addresses),
         T(test_finish),
         T(test_streams),
+        cmocka_unit_test(test_cache_full),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
