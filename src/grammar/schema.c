@@ -241,12 +241,14 @@ static int bounds(struct schema *s, const struct tb_json *at, const char *lo, co
                   uint32_t *min, uint32_t *max)
 {
     int64_t a = 0, b = -1;
+    *min = 0;
+    *max = TB_GRAMMAR_UNBOUNDED;
     int rc = tb_json_int(at, lo, false, 0, MAX_LENGTH, &a, s->err);
     if (rc || (rc = tb_json_int(at, hi, false, 0, INT32_MAX, &b, s->err))) return rc;
     if (b >= 0 && b < a)
         return tb_json_fail(at, s->err, TB_EINVAL, "%s %d is above %s %d", lo, (int)a, hi, (int)b);
     *min = (uint32_t)a;
-    *max = b < 0 || b > MAX_LENGTH ? TB_GRAMMAR_UNBOUNDED : (uint32_t)b;
+    if (b >= 0 && b <= MAX_LENGTH) *max = (uint32_t)b;
     if (b > MAX_LENGTH)
         return tb_json_fail(at, s->err, TB_EUNSUPPORTED, "%s %d is above %d", hi, (int)b,
                             MAX_LENGTH);
