@@ -182,6 +182,23 @@ def test_lost_server_state(start):
         again.close("success").result()
 
 
+@pytest.mark.slow
+def test_number_that_never_comes(start):
+    """A submit that failed for good leaves a gap in the numbers; what waits behind it is given up after a lease, although the
+    client lives and beats."""
+    server = start(args=["--session-lease", "12"])
+    with FaultProxy(server.url) as proxy:
+        service, client = connect(proxy.url)
+        proxy.fail("forward_backward", 400, times=1)
+        with pytest.raises(tinker.BadRequestError):
+            client.forward_backward([sft_datum(5)], "cross_entropy").result()
+        with pytest.raises(tinker.RequestFailedError, match="seq_id 1 never came"):
+            client.optim_step(adam()).result()
+        assert proxy.count("session_heartbeat") >= 1
+        assert client.forward_backward([sft_datum(5)], "cross_entropy").result().metrics["loss:sum"] > 0
+        service.close("success").result()
+
+
 # ------------------------------------------------------------------------------------------ each row of the table
 @pytest.mark.parametrize("status,wanted", [
     (400, tinker.BadRequestError), (401, tinker.AuthenticationError), (403, tinker.PermissionDeniedError),
