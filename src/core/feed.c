@@ -183,8 +183,9 @@ void tb_core_feed_wait(struct tb_core *c, struct tb_tenant *who, const char *sam
     w->prev = prev;
     struct tb_core_sampler *sp = tb_sampler_find(c, who, sampler_id);
     if (!sp) {
-        struct tb_error e;
-        no_sampler(sampler_id, &e);
+        struct tb_error e = {0};
+        /* Without a wait a client only says what it has read, maybe while its session ends. */
+        if (timeout_ms > 0 || !tb_sampler_id_well_formed(sampler_id)) no_sampler(sampler_id, &e);
         w->cb(w, &e, NULL, 0, prev);
         return;
     }

@@ -82,7 +82,7 @@ CHECKPOINT = "training_runs/{}/checkpoints/{}/{}"
 REQUESTS = {
     "POST retrieve_future": lambda t: ("retrieve_future", {"request_id": t.request}),
     "POST retrieve_futures": lambda t: ("retrieve_futures", {
-        "target": {"type": "sampling_session", "sampling_session_id": t.sampler}, "timeout": 0}),
+        "target": {"type": "sampling_session", "sampling_session_id": t.sampler}, "timeout": 1}),
     "POST asample": lambda t: ("asample", {"sampling_session_id": t.sampler, "seq_id": 7, "sampling_params": {},
                                            "prompt": {"chunks": [{"type": "encoded_text", "tokens": [1]}]}}),
     "POST cancel_future": lambda t: ("cancel_future", {"request_id": t.request}),

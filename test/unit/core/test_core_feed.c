@@ -259,7 +259,11 @@ static void test_ends(void **state)
     }
     poll_feed(e, id, 0, 0, UINT64_MAX, &f);
     assert_int_equal(f.code, TB_EGONE);
-    poll_feed(e, "nonsense", 0, 0, UINT64_MAX, &f);
+    poll_feed(e, id, 0, 7, 0, &f); /* only says what it has read */
+    assert_int_equal(f.code, 0);
+    assert_int_equal(f.n, 0);
+    assert_int_equal(f.cursor, 7);
+    poll_feed(e, "nonsense", 0, 0, 0, &f);
     assert_int_equal(f.code, TB_ENOTFOUND);
     assert_int_equal(stats(e).waiters, 0);
 
