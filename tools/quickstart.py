@@ -300,11 +300,12 @@ def main():
     served = [m.model_name for m in tinker.RestClient().get_server_capabilities().result().supported_models]
     if args.model not in served:
         raise Failure(f"the server does not serve {args.model}, but {', '.join(map(str, served))}")
-    run = Run(tinker.ServiceClient(), args.model, text)
-    print("supervised: a new style of answer")
-    loss = run.supervised(max(1, args.steps * 2 // 3))
-    print("RL: additions, reward 1 for a right answer")
-    reward = run.reinforcement(args.steps)
+    with tinker.ServiceClient() as service:
+        run = Run(service, args.model, text)
+        print("supervised: a new style of answer")
+        loss = run.supervised(max(1, args.steps * 2 // 3))
+        print("RL: additions, reward 1 for a right answer")
+        reward = run.reinforcement(args.steps)
     if not loss[1] < loss[0]:
         raise Failure(f"the loss did not fall ({loss[0]:.3f} -> {loss[1]:.3f})")
     if not reward[1] - reward[0] >= MIN_RISE:
