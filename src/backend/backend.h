@@ -257,9 +257,33 @@ struct tb_backend {
     const struct tb_backend_ops *ops;
     enum tb_dtype act;
     int n_threads;
-    size_t mem_limit; /* bytes that alloc and weights may take in all; 0 = no limit */
+    size_t mem_limit; /* bytes that alloc, weights and charges may take in all; 0 = no limit */
     size_t mem_used;  /* bytes they hold now */
+    const struct tb_reclaimer *reclaimer; /* or NULL */
+    void *reclaimer_arg;
+    struct tb_error reclaim_error; /* why less was freed than there was to free */
 };
+
+/* Who can free memory when the limit is reached: model/pager.h. */
+struct tb_reclaimer {
+    size_t (*reclaimable)(void *arg); /* bytes that could be freed */
+    /* Frees until `bytes` more fit under the limit; else sets be->reclaim_error. */
+    void (*reclaim)(void *arg, size_t bytes);
+};
+
+static inline bool tb_backend_fits(const struct tb_backend *be, size_t bytes)
+{
+    return !be->mem_limit || (bytes <= be->mem_limit && be->mem_used <= be->mem_limit - bytes);
+}
+/* Bytes that could be had now: what is free and what could be freed. */
+size_t tb_backend_room(const struct tb_backend *be);
+/* Counts bytes against the limit, frees others' when it must; false: they do not fit. alloc and
+ * weight_create do so themselves; for memory of other kinds the caller does. */
+bool tb_backend_charge(struct tb_backend *be, size_t bytes);
+void tb_backend_uncharge(struct tb_backend *be, size_t bytes);
+/* TB_ENOMEM with what was needed and what there is: "<what> need 5.0 MiB; ...". */
+int tb_backend_no_memory(const struct tb_backend *be, struct tb_error *err, size_t bytes,
+                         const char *what);
 
 struct tb_backend_options {
     enum tb_dtype act;

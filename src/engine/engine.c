@@ -48,8 +48,11 @@ int tb_engine_create(struct tb_engine **out, uv_loop_t *loop, const struct tb_en
     /* Without --memory a tenth is left to the rest of the machine. */
     uint64_t memory = o->memory ? o->memory : tb_mem_machine() / 10 * 9;
     struct tb_backend_options bo = {.n_threads = o->n_threads, .mem_limit = (size_t)memory};
-    struct tb_model_options mo = {.max_rank = o->max_rank, .max_context = o->max_context};
+    struct tb_model_options mo = {.max_rank = o->max_rank,
+                                  .max_context = o->max_context,
+                                  .kv_bytes = (size_t)memory / 8 / (size_t)TB_MAX(o->n_models, 1)};
     struct tb_backend *be = NULL;
+    struct tb_pager *pager = NULL;
     struct tb_model **models = NULL;
     int n = 0, rc;
     struct tb_engine *e = tb_calloc(1, sizeof(*e));
@@ -59,6 +62,8 @@ int tb_engine_create(struct tb_engine **out, uv_loop_t *loop, const struct tb_en
     models = tb_calloc((size_t)TB_MAX(o->n_models, 1), sizeof(models[0]));
     if ((rc = tb_backend_create(&be, o->backend, o->dtype, &bo, err))) goto fail;
     be->ops->describe(be, e->describe, sizeof(e->describe));
+    if (o->paging_dir && (rc = tb_pager_create(&pager, be, o->paging_dir, err))) goto fail;
+    mo.pager = pager;
     for (; n < o->n_models; n++) {
         const struct tb_engine_model *m = &o->models[n];
         uint64_t t0 = tb_clock_ms();
@@ -74,7 +79,7 @@ int tb_engine_create(struct tb_engine **out, uv_loop_t *loop, const struct tb_en
         if (m->tokenizer) e->tokenizers[n] = tb_strdup(m->tokenizer);
     }
     e->n_models = n;
-    if ((rc = lane_create(&e->lane, loop, be, models, n, err))) goto fail;
+    if ((rc = lane_create(&e->lane, loop, be, pager, models, n, err))) goto fail;
     *out = e;
     return 0;
 
@@ -84,6 +89,7 @@ fail:
         tb_free(e->tokenizers[i]);
     }
     tb_free(models);
+    tb_pager_destroy(pager);
     if (be) be->ops->destroy(be);
     tb_free(e->tokenizers);
     tb_free(e);
@@ -149,7 +155,8 @@ void tb_engine_cancel(struct tb_engine *e, struct tb_task *task)
 
 void tb_engine_stats(const struct tb_engine *e, struct tb_engine_stats *out)
 {
-    const struct lane_stats *s = &e->lane->stats;
+    struct tb_lane *l = e->lane;
+    const struct lane_stats *s = &l->stats;
     memset(out, 0, sizeof(*out));
     for (int i = 0; i <= TB_TASK_SAMPLE; i++)
         out->tasks_done[i] = atomic_load_explicit(&s->tasks_done[i], memory_order_relaxed);
@@ -173,4 +180,7 @@ void tb_engine_stats(const struct tb_engine *e, struct tb_engine_stats *out)
     out->kv.n_preempted = atomic_load_explicit(&s->kv_preempted, memory_order_relaxed);
     out->kv.n_lookup_tokens = atomic_load_explicit(&s->lookup_tokens, memory_order_relaxed);
     out->kv.n_hit_tokens = atomic_load_explicit(&s->hit_tokens, memory_order_relaxed);
+    uv_mutex_lock(&l->memory_lock);
+    out->memory = l->memory;
+    uv_mutex_unlock(&l->memory_lock);
 }

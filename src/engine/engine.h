@@ -87,7 +87,8 @@ struct tb_engine_options {
     int n_models;
     const char *backend, *dtype; /* as on the command line */
     int n_threads, max_rank, max_context;
-    uint64_t memory; /* 0 = what the machine has */
+    uint64_t memory;        /* 0 = what the machine has */
+    const char *paging_dir; /* where idle adapters go when memory is short; NULL: they stay */
 };
 
 /* Loads the models (blocking: at start only) on `loop`'s thread. */
@@ -112,12 +113,20 @@ struct tb_work_stats {
     uint64_t waiting, running;            /* tasks now */
     uint64_t begun, wait_us, wait_us_max; /* tasks that began, and their time in queues */
 };
+struct tb_memory_stats {
+    uint64_t limit, used; /* bytes; used is more than the sum of the kinds */
+    uint64_t weights, adapters, versions, kv, workspaces;
+    uint64_t n_adapters, n_versions, adapters_out, versions_out; /* alive, of these in files */
+    uint64_t page_ins, page_outs;
+};
+
 struct tb_engine_stats {
     uint64_t tasks_done[TB_TASK_SAMPLE + 1];
     uint64_t train_tokens, sample_rows, steps; /* sample_rows: prompt and decoding rows computed */
     struct tb_work_stats work[TB_N_WORKS];
     struct tb_kv_stats kv; /* of all models */
     uint64_t busy_us;
+    struct tb_memory_stats memory; /* after the last turn */
 };
 void tb_engine_stats(const struct tb_engine *e, struct tb_engine_stats *out);
 

@@ -54,10 +54,12 @@ static void lane_on_closed(uv_handle_t *h)
         tb_model_free(l->models[i]);
     tb_free(l->models);
     tb_free(l->sampling_scratch);
+    tb_pager_destroy(l->pager);
     if (l->be) l->be->ops->destroy(l->be);
     tb_mailbox_fini(&l->inbox);
     tb_mailbox_fini(&l->outbox);
     tb_mailbox_fini(&l->told);
+    uv_mutex_destroy(&l->memory_lock);
     tb_map_fini(&l->adapters);
     tb_map_fini(&l->versions);
     tb_map_fini(&l->losses);
@@ -91,8 +93,33 @@ static void lane_kick(struct tb_lane *l)
     TB_BUG_ON(rc != 0);
 }
 
+void lane_note_memory(struct tb_lane *l)
+{
+    struct tb_memory_stats s = {.limit = l->be->mem_limit, .used = l->be->mem_used};
+    struct tb_pager_stats p = {0};
+    for (int i = 0; i < l->n_models; i++) {
+        struct tb_model_usage u = tb_model_usage(l->models[i]);
+        s.weights += u.weights;
+        s.adapters += u.adapters;
+        s.versions += u.versions;
+        s.kv += u.kv;
+        s.workspaces += u.workspaces;
+        s.n_adapters += (uint64_t)u.n_adapters;
+        s.n_versions += (uint64_t)u.n_versions;
+        s.adapters_out += (uint64_t)u.adapters_out;
+        s.versions_out += (uint64_t)u.versions_out;
+    }
+    if (l->pager) tb_pager_stats(l->pager, &p);
+    s.page_ins = p.page_ins;
+    s.page_outs = p.page_outs;
+    uv_mutex_lock(&l->memory_lock);
+    l->memory = s;
+    uv_mutex_unlock(&l->memory_lock);
+}
+
 int lane_create(struct tb_lane **out, uv_loop_t *loop, struct tb_backend *be,
-                struct tb_model **models, int n_models, struct tb_error *err)
+                struct tb_pager *pager, struct tb_model **models, int n_models,
+                struct tb_error *err)
 {
     struct tb_lane *l = tb_calloc(1, sizeof(*l));
     int rc;
@@ -101,7 +128,8 @@ int lane_create(struct tb_lane **out, uv_loop_t *loop, struct tb_backend *be,
     if ((rc = tb_mailbox_init(&l->inbox))) goto fail;
     if ((rc = tb_mailbox_init(&l->outbox))) goto fail_inbox;
     if ((rc = tb_mailbox_init(&l->told))) goto fail_outbox;
-    if ((rc = uv_async_init(loop, &l->async, lane_on_async))) goto fail_told;
+    if ((rc = uv_mutex_init(&l->memory_lock))) goto fail_told;
+    if ((rc = uv_async_init(loop, &l->async, lane_on_async))) goto fail_lock;
     l->async.data = l;
     l->async_open = true;
     tb_map_init(&l->adapters);
@@ -110,12 +138,16 @@ int lane_create(struct tb_lane **out, uv_loop_t *loop, struct tb_backend *be,
     tb_list_init(&l->ready);
     tb_list_init(&l->samples);
     l->be = be;
+    l->pager = pager;
     l->models = models;
     l->n_models = n_models;
     lane_note_pages(l);
+    lane_note_memory(l);
     *out = l;
     return 0;
 
+fail_lock:
+    uv_mutex_destroy(&l->memory_lock);
 fail_told:
     tb_mailbox_fini(&l->told);
 fail_outbox:

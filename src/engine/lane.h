@@ -15,6 +15,7 @@
 #include <stdatomic.h>
 
 #include "engine/engine.h"
+#include "model/pager.h"
 #include "util/mailbox.h"
 #include "util/map.h"
 
@@ -58,6 +59,7 @@ struct lane_stats {
 struct tb_lane {
     uv_loop_t *loop;
     struct tb_backend *be;
+    struct tb_pager *pager; /* or NULL */
     struct tb_model **models;
     int n_models;
 
@@ -74,6 +76,8 @@ struct tb_lane {
     struct tb_mailbox told; /* struct tb_progress; a task's come before its place in outbox */
     _Atomic bool closing;
     struct lane_stats stats;
+    uv_mutex_t memory_lock;
+    struct tb_memory_stats memory; /* after the last turn */
 
     /* worker */
     struct tb_map adapters; /* id → lane_adapter */
@@ -97,9 +101,10 @@ static inline enum tb_work lane_work_of(enum tb_task_type type)
                                     : TB_WORK_OTHER;
 }
 
-/* lane.c: the loop's side. The models are moved in. */
+/* lane.c: the loop's side. Backend, pager and models are moved in. */
 int lane_create(struct tb_lane **out, uv_loop_t *loop, struct tb_backend *be,
-                struct tb_model **models, int n_models, struct tb_error *err);
+                struct tb_pager *pager, struct tb_model **models, int n_models,
+                struct tb_error *err);
 void lane_submit(struct tb_lane *l, struct tb_task *t);
 void lane_close(struct tb_lane *l, void (*cb)(void *arg), void *arg);
 
@@ -108,6 +113,8 @@ void lane_run(struct tb_lane *l);
 void lane_note_pages(struct tb_lane *l); /* the KV pools' counts into the statistics */
 /* Frees adapters, versions; no work may be in flight. */
 void lane_free_state(struct tb_lane *l);
+/* Tells the loop what is in memory now. */
+void lane_note_memory(struct tb_lane *l);
 /* Hands a finished task back to the loop. */
 void lane_post_done(struct tb_lane *l, struct tb_task *t);
 /* Tells the loop what a task's sample has drawn; p moves. */

@@ -584,6 +584,7 @@ void lane_run(struct tb_lane *l)
         if (!trained && tb_list_empty(&l->ready)) l->sample_ns = TB_MIN(l->sample_ns, l->train_ns);
         if (!sampling) l->train_ns = TB_MIN(l->train_ns, l->sample_ns);
         lane_note_pages(l);
+        lane_note_memory(l);
         if (!did && !trained && !sampled && tb_list_empty(&l->ready) && tb_mailbox_empty(&l->inbox))
             return;
     }

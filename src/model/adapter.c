@@ -117,30 +117,55 @@ int tb_lora_spans(const struct tb_lora_rows *rows, int n_rows, int module, bool 
 
 /* ---- versions */
 
-static int version_create(struct tb_adapter_version **out, struct tb_model *m,
-                          struct tb_lora_layout *layout, struct tb_error *err)
+size_t tb_version_bytes(const struct tb_adapter_version *v)
 {
-    size_t elem = tb_dtype_size(m->be->act), n = (size_t)layout->n_modules;
-    struct tb_adapter_version *v = tb_calloc(1, sizeof(*v) + n * sizeof(v->mats[0]));
-    v->act = m->be->ops->alloc(m->be, (size_t)layout->n_floats * elem);
-    if (!v->act) {
-        tb_free(v);
-        return tb_error_set(err, TB_ENOMEM, "no memory for %lld MiB of adapter weights",
-                            (long long)(((size_t)layout->n_floats * elem) >> 20));
-    }
-    v->refs = 1;
-    v->serial = ++m->last_serial;
-    v->m = m;
-    v->layout = layout;
-    layout->refs++;
-    for (size_t i = 0; i < n; i++) {
-        const struct tb_lora_slot *s = &layout->slots[i];
+    return (size_t)v->layout->n_floats * tb_dtype_size(v->m->be->act);
+}
+
+int tb_version_alloc_act(struct tb_adapter_version *v, struct tb_error *err)
+{
+    const struct tb_lora_layout *l = v->layout;
+    size_t elem = tb_dtype_size(v->m->be->act), bytes = tb_version_bytes(v);
+    v->act = v->m->be->ops->alloc(v->m->be, bytes);
+    if (!v->act) return tb_backend_no_memory(v->m->be, err, bytes, "an adapter's weights");
+    v->m->usage.versions += bytes;
+    for (int i = 0; i < l->n_modules; i++) {
+        const struct tb_lora_slot *s = &l->slots[i];
         if (s->a < 0) continue;
         v->mats[i].a = (char *)v->act + (size_t)s->a * elem;
         v->mats[i].b = (char *)v->act + (size_t)s->b * elem;
-        v->mats[i].rank = layout->config.rank;
-        v->mats[i].scale = layout->config.alpha / (float)layout->config.rank;
+        v->mats[i].rank = l->config.rank;
+        v->mats[i].scale = l->config.alpha / (float)l->config.rank;
     }
+    return 0;
+}
+
+void tb_version_free_act(struct tb_adapter_version *v)
+{
+    if (!v->act) return;
+    v->m->be->ops->free(v->m->be, v->act, tb_version_bytes(v));
+    v->m->usage.versions -= tb_version_bytes(v);
+    v->act = NULL;
+}
+
+/* An adapter's current version, held. */
+static int version_create(struct tb_adapter_version **out, struct tb_model *m,
+                          struct tb_lora_layout *layout, struct tb_error *err)
+{
+    size_t n = (size_t)layout->n_modules;
+    struct tb_adapter_version *v = tb_calloc(1, sizeof(*v) + n * sizeof(v->mats[0]));
+    v->m = m;
+    v->layout = layout;
+    int rc = tb_version_alloc_act(v, err);
+    if (rc) {
+        tb_free(v);
+        return rc;
+    }
+    v->refs = 1;
+    v->serial = ++m->last_serial;
+    v->is_cur = true;
+    layout->refs++;
+    tb_version_page_init(v);
     *out = v;
     return 0;
 }
@@ -154,10 +179,20 @@ void tb_version_unref(struct tb_adapter_version *v)
 {
     if (!v || --v->refs > 0) return;
     if (v->sampled) tb_kv_forget(&v->m->kv, v->serial);
-    v->m->be->ops->free(v->m->be, v->act,
-                        (size_t)v->layout->n_floats * tb_dtype_size(v->m->be->act));
+    tb_paged_forget(&v->page);
+    v->m->usage.n_versions--;
+    v->m->usage.versions_out -= !v->act;
+    tb_version_free_act(v);
     layout_unref(v->layout);
     tb_free(v);
+}
+
+/* The held version becomes one of those that others have, or goes. */
+static void drop_cur(struct tb_adapter *a)
+{
+    a->cur->is_cur = false;
+    tb_version_release(a->cur);
+    tb_version_unref(a->cur);
 }
 
 int tb_adapter_own_version(struct tb_adapter *a, struct tb_error *err)
@@ -171,9 +206,8 @@ int tb_adapter_own_version(struct tb_adapter *a, struct tb_error *err)
     struct tb_adapter_version *v;
     int rc = version_create(&v, a->m, a->layout, err);
     if (rc) return rc;
-    a->m->be->ops->copy(a->m->be, v->act, a->cur->act,
-                        (size_t)a->layout->n_floats * tb_dtype_size(a->m->be->act));
-    tb_version_unref(a->cur);
+    a->m->be->ops->copy(a->m->be, v->act, a->cur->act, tb_version_bytes(v));
+    drop_cur(a);
     a->cur = v;
     return 0;
 }
@@ -185,9 +219,11 @@ void tb_adapter_refresh_act(struct tb_adapter *a)
 
 int tb_adapter_publish(struct tb_adapter *a, struct tb_adapter_version **out, struct tb_error *err)
 {
-    (void)err;
+    int rc = tb_adapter_hold(a, err);
+    if (rc) return rc;
     tb_version_ref(a->cur);
     *out = a->cur;
+    tb_adapter_release(a);
     return 0;
 }
 
@@ -198,17 +234,19 @@ size_t tb_adapter_flat_bytes(const struct tb_adapter *a)
     return (size_t)a->layout->n_floats * 4;
 }
 
-/* An adapter with uninitialised parameters; takes over the layout reference, also when it fails. */
+/* A held adapter with uninitialised parameters; takes over the layout reference, also when it
+ * fails. */
 static int adapter_alloc(struct tb_adapter **out, struct tb_model *m, struct tb_lora_layout *layout,
                          struct tb_error *err)
 {
     struct tb_adapter *a = tb_calloc(1, sizeof(*a));
     a->m = m;
     a->layout = layout;
-    a->p = m->be->ops->alloc(m->be, tb_adapter_flat_bytes(a));
+    tb_adapter_page_init(a);
+    a->p = tb_adapter_alloc_flat(a);
     int rc = a->p ? version_create(&a->cur, m, layout, err)
-                  : tb_error_set(err, TB_ENOMEM, "no memory for %zu MiB of adapter weights",
-                                 tb_adapter_flat_bytes(a) >> 20);
+                  : tb_backend_no_memory(m->be, err, tb_adapter_flat_bytes(a),
+                                         "an adapter's parameters");
     if (rc) {
         tb_adapter_free(a);
         return rc;
@@ -217,18 +255,31 @@ static int adapter_alloc(struct tb_adapter **out, struct tb_model *m, struct tb_
     return 0;
 }
 
-static void free_flat(struct tb_adapter *a, float *p)
+float *tb_adapter_alloc_flat(struct tb_adapter *a)
 {
-    if (p) a->m->be->ops->free(a->m->be, p, tb_adapter_flat_bytes(a));
+    float *p = a->m->be->ops->alloc(a->m->be, tb_adapter_flat_bytes(a));
+    if (p) a->m->usage.adapters += tb_adapter_flat_bytes(a);
+    return p;
+}
+
+void tb_adapter_free_flat(struct tb_adapter *a, float *p)
+{
+    if (!p) return;
+    a->m->be->ops->free(a->m->be, p, tb_adapter_flat_bytes(a));
+    a->m->usage.adapters -= tb_adapter_flat_bytes(a);
 }
 
 void tb_adapter_free(struct tb_adapter *a)
 {
     if (!a) return;
-    free_flat(a, a->p);
-    free_flat(a, a->g);
-    free_flat(a, a->mom);
-    free_flat(a, a->var);
+    tb_paged_forget(&a->page);
+    a->m->usage.n_adapters--;
+    a->m->usage.adapters_out -= a->out != 0;
+    tb_adapter_free_flat(a, a->p);
+    tb_adapter_free_flat(a, a->g);
+    tb_adapter_free_flat(a, a->mom);
+    tb_adapter_free_flat(a, a->var);
+    if (a->cur) a->cur->is_cur = false;
     tb_version_unref(a->cur);
     layout_unref(a->layout);
     tb_free(a);
@@ -284,6 +335,7 @@ int tb_adapter_create(struct tb_adapter **out, struct tb_model *m,
     m->be->ops->upload(m->be, a->p, host, tb_adapter_flat_bytes(a));
     tb_free(host);
     tb_adapter_refresh_act(a);
+    tb_adapter_release(a);
     *out = a;
     return 0;
 }
@@ -298,30 +350,25 @@ int64_t tb_adapter_step(const struct tb_adapter *a)
     return a->step;
 }
 
-size_t tb_adapter_bytes(const struct tb_adapter *a)
-{
-    size_t flat = tb_adapter_flat_bytes(a);
-    size_t n = (size_t)1 + (a->g != NULL) + (a->mom != NULL) + (a->var != NULL);
-    return n * flat + (size_t)a->layout->n_floats * tb_dtype_size(a->m->be->act);
-}
-
 void tb_adapter_add_grad(struct tb_adapter *a, float *scratch)
 {
     if (!a->has_grad) { /* 0 + scratch */
-        free_flat(a, a->g);
+        tb_adapter_free_flat(a, a->g);
         a->g = scratch;
         a->has_grad = true;
         return;
     }
     a->m->be->ops->add(a->m->be, a->g, scratch, (size_t)a->layout->n_floats);
-    free_flat(a, scratch);
+    tb_adapter_free_flat(a, scratch);
 }
 
 /* ---- states */
 
-int tb_adapter_export(const struct tb_adapter *a, bool with_optimizer,
-                      struct tb_adapter_state **out, struct tb_error *err)
+int tb_adapter_export(struct tb_adapter *a, bool with_optimizer, struct tb_adapter_state **out,
+                      struct tb_error *err)
 {
+    int rc = tb_adapter_hold(a, err);
+    if (rc) return rc;
     const struct tb_lora_layout *l = a->layout;
     struct tb_adapter_state *s = tb_adapter_state_create();
     size_t n = (size_t)l->n_floats, bytes = n * 4;
@@ -346,6 +393,7 @@ int tb_adapter_export(const struct tb_adapter *a, bool with_optimizer,
     }
     if (!s->p || (with_optimizer && (!s->m || !s->v))) {
         tb_adapter_state_destroy(s);
+        tb_adapter_release(a);
         return tb_error_set(err, TB_ENOMEM, "no memory for %zu MiB to save an adapter",
                             bytes >> 20);
     }
@@ -355,6 +403,7 @@ int tb_adapter_export(const struct tb_adapter *a, bool with_optimizer,
         ops->download(a->m->be, s->m, a->mom, bytes);
         ops->download(a->m->be, s->v, a->var, bytes);
     }
+    tb_adapter_release(a);
     *out = s;
     return 0;
 }
@@ -443,11 +492,10 @@ static int build(struct tb_adapter **out, struct tb_model *m, const struct tb_ad
     if (rc) return rc;
     rc = import_flat(m, layout, s, s->p, "the weights", a->p, err);
     if (!rc && with_optimizer) {
-        a->mom = m->be->ops->alloc(m->be, tb_adapter_flat_bytes(a));
-        a->var = m->be->ops->alloc(m->be, tb_adapter_flat_bytes(a));
-        if (!a->mom || !a->var)
-            rc = tb_error_set(err, TB_ENOMEM, "no memory for %zu MiB of moments",
-                              tb_adapter_flat_bytes(a) >> 19);
+        a->mom = tb_adapter_alloc_flat(a);
+        a->var = a->mom ? tb_adapter_alloc_flat(a) : NULL;
+        if (!a->var)
+            rc = tb_backend_no_memory(m->be, err, tb_adapter_flat_bytes(a), "an adapter's moments");
         if (!rc) rc = import_flat(m, layout, s, s->m, "the first moment", a->mom, err);
         if (!rc) rc = import_flat(m, layout, s, s->v, "the second moment", a->var, err);
         a->step = s->step;
@@ -457,6 +505,7 @@ static int build(struct tb_adapter **out, struct tb_model *m, const struct tb_ad
         return rc;
     }
     tb_adapter_refresh_act(a);
+    tb_adapter_release(a);
     *out = a;
     return 0;
 }
@@ -492,10 +541,15 @@ int tb_adapter_restore(struct tb_adapter *a, const struct tb_adapter_state *s, b
     struct tb_adapter *b = NULL;
     int rc = build(&b, a->m, s, with_optimizer, err);
     if (rc) return rc;
+    tb_paged_forget(&a->page); /* what it was is not wanted any more */
+    tb_paged_busy(&b->page);
     struct tb_adapter old =
         *a; /* swap: versions published from the old one live on by their references */
     *a = *b;
     *b = old;
+    tb_list_init(&a->page.node);
+    tb_list_init(&b->page.node);
+    tb_adapter_idle(a);
     a->layout->config.seed = old.layout->config.seed;
     a->layout->config.has_seed = old.layout->config.has_seed;
     tb_adapter_free(b);

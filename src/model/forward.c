@@ -124,12 +124,17 @@ int tb_pass_init(struct tb_pass *p, struct tb_block *block, bool backward, struc
 {
     if (alloc_host(p)) return tb_error_set(err, TB_ENOMEM, "no memory for %d sequences", p->n_lora);
     int rc = tb_block_reserve(p->m->be, block, carve_all(p, NULL, backward), "activations", err);
-    if (!rc) carve_all(p, block->p, backward);
-    return rc;
+    if (rc) return rc;
+    carve_all(p, block->p, backward);
+    p->block = block;
+    block->busy = true;
+    return 0;
 }
 
 void tb_pass_fini(struct tb_pass *p)
 {
+    if (p->block) p->block->busy = false;
+    p->block = NULL;
     tb_free(p->saved);
     tb_free(p->x);
     tb_free(p->spans);

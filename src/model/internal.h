@@ -10,6 +10,7 @@
 #include "model/config.h"
 #include "model/kv.h"
 #include "model/model.h"
+#include "model/pager.h"
 #include "model/safetensors.h"
 #include "util/list.h"
 #include "util/mem.h"
@@ -30,6 +31,7 @@ struct tb_layer {
 struct tb_block {
     void *p;
     size_t cap;
+    bool busy; /* a pass uses it */
 };
 
 struct tb_model {
@@ -61,6 +63,8 @@ struct tb_model {
     struct tb_kv kv;
     struct tb_list samplings; /* all live ones, oldest first */
     uint64_t last_serial;     /* of adapter versions */
+    struct tb_list in_pager;
+    struct tb_model_usage usage; /* of adapters and versions only */
 };
 
 static inline int tb_model_n_modules(const struct tb_model *m)
@@ -98,6 +102,9 @@ int tb_model_need_rope(struct tb_model *m, int n, struct tb_error *err);
 int tb_block_reserve(struct tb_backend *be, struct tb_block *b, size_t bytes, const char *what,
                      struct tb_error *err);
 void tb_block_free(struct tb_backend *be, struct tb_block *b);
+/* Workspaces that no pass uses: their bytes; to free them. */
+size_t tb_model_idle_workspaces(const struct tb_model *m);
+void tb_model_free_workspaces(struct tb_model *m);
 
 /* ---- LoRA. Where each module's A and B lie in the flat arrays p, g, m, v and act. */
 struct tb_lora_slot {
@@ -116,9 +123,11 @@ struct tb_adapter_version {
     int refs;
     uint64_t serial; /* from 1, never used twice: what these weights are called in the KV pool */
     bool sampled;    /* under this serial: the pool may keep pages of it */
+    bool is_cur;     /* of an adapter, which has one of the references */
     struct tb_model *m;
     struct tb_lora_layout *layout;
-    void *act;                 /* [n_floats] act */
+    struct tb_paged page;
+    void *act;                 /* [n_floats] act; NULL while it is out */
     struct tb_lora_mat mats[]; /* [n_modules]; rank 0: not adapted */
 };
 
@@ -126,12 +135,35 @@ struct tb_adapter {
     struct tb_model *m;
     struct tb_lora_layout *layout;
     struct tb_adapter_version *cur; /* what training multiplies by; p rounded to act */
-    float *p;
+    float *p;         /* NULL: it is out, and which arrays it has says `out`, a bit each */
     float *g;         /* NULL or meaningless while !has_grad */
     float *mom, *var; /* NULL: zero */
     bool has_grad;
     int64_t step;
+    struct tb_paged page;
+    unsigned out;
 };
+
+/* Brings an adapter (its arrays and current version), or a version, into memory and keeps it there
+ * until it is released. Whoever reads or writes arrays or act holds it. */
+int tb_adapter_hold(struct tb_adapter *a, struct tb_error *err);
+void tb_adapter_release(struct tb_adapter *a);
+int tb_version_hold(struct tb_adapter_version *v, struct tb_error *err);
+void tb_version_release(struct tb_adapter_version *v);
+void tb_adapter_idle(struct tb_adapter *a); /* nobody holds it */
+/* What a hold takes, or keeps from being freed: nothing when it is held. */
+size_t tb_adapter_idle_bytes(const struct tb_adapter *a);
+size_t tb_version_idle_bytes(const struct tb_adapter_version *v);
+/* A new one is held by whoever makes it. */
+void tb_adapter_page_init(struct tb_adapter *a);
+void tb_version_page_init(struct tb_adapter_version *v);
+
+/* One float32 array, counted. */
+float *tb_adapter_alloc_flat(struct tb_adapter *a);
+void tb_adapter_free_flat(struct tb_adapter *a, float *p);   /* accepts NULL */
+size_t tb_version_bytes(const struct tb_adapter_version *v); /* of act */
+int tb_version_alloc_act(struct tb_adapter_version *v, struct tb_error *err);
+void tb_version_free_act(struct tb_adapter_version *v);
 
 /* Adds (or moves) a finished op's gradient to the adapter's; takes ownership of scratch. */
 void tb_adapter_add_grad(struct tb_adapter *a, float *scratch);

@@ -14,24 +14,23 @@ static struct tb_attn_shape shape_of(const struct tb_model *m)
     return (struct tb_attn_shape){c->n_heads, c->n_kv_heads, c->head_dim, 1, 0};
 }
 
-void tb_kv_init(struct tb_kv *kv, struct tb_model *m)
+static void set_size(struct tb_kv *kv, const struct tb_model *m)
 {
     struct tb_attn_shape s = shape_of(m);
     kv->page_bytes = m->be->ops->kv_page_bytes(m->be, &s);
     size_t all = kv->page_bytes * (size_t)m->cfg.n_layers;
-    size_t bytes = m->opt.kv_bytes;
-    if (!bytes) { /* an eighth of the memory, at most 2 GiB, no more than 64 full contexts need */
-        bytes = TB_MIN(tb_model_memory(m) / 8, (size_t)2 << 30);
-        size_t full = (size_t)tb_kv_pages_for(m->opt.max_context) * 64;
-        if (bytes / all > full) bytes = full * all;
-    }
+    /* an eighth of the memory, at most 2 GiB, no more than 64 full contexts need */
+    size_t bytes = m->opt.kv_bytes ? m->opt.kv_bytes : tb_model_memory(m) / 8;
+    size_t full = (size_t)tb_kv_pages_for(m->opt.max_context) * 64;
+    bytes = TB_MIN(bytes, (size_t)2 << 30);
+    if (bytes / all > full) bytes = full * all;
     kv->n_pages = (int)TB_MIN(TB_MAX(bytes / all, 1), (size_t)INT32_MAX);
     kv->bytes = (size_t)kv->n_pages * all;
 }
 
-int tb_kv_ready(struct tb_kv *kv, struct tb_model *m, struct tb_error *err)
+int tb_kv_init(struct tb_kv *kv, struct tb_model *m, struct tb_error *err)
 {
-    if (kv->mem) return 0;
+    set_size(kv, m);
     size_t n = (size_t)kv->n_pages;
     int32_t *list = tb_try_calloc(n, sizeof(*list)), *refs = tb_try_calloc(n, sizeof(*refs));
     char *mem = list && refs ? m->be->ops->alloc(m->be, kv->bytes) : NULL;
@@ -39,7 +38,7 @@ int tb_kv_ready(struct tb_kv *kv, struct tb_model *m, struct tb_error *err)
         if (mem) m->be->ops->free(m->be, mem, kv->bytes);
         tb_free(list);
         tb_free(refs);
-        return tb_error_set(err, TB_ENOMEM, "no memory for %zu MiB of KV pages", kv->bytes >> 20);
+        return tb_backend_no_memory(m->be, err, kv->bytes, "the KV pages");
     }
     for (size_t i = 0; i < n; i++)
         list[i] = (int32_t)(n - 1 - i);
@@ -137,7 +136,7 @@ void tb_model_kv_stats(const struct tb_model *m, struct tb_kv_stats *sum)
 {
     const struct tb_kv *kv = &m->kv;
     sum->n_pages += (uint64_t)kv->n_pages;
-    sum->n_free += (uint64_t)(kv->mem ? kv->n_free : kv->n_pages);
+    sum->n_free += (uint64_t)kv->n_free;
     sum->n_cached += (uint64_t)kv->prefix.n_idle;
     sum->n_preempted += (uint64_t)kv->n_preempted;
     sum->n_lookup_tokens += (uint64_t)kv->n_lookup_tokens;

@@ -1,6 +1,7 @@
 /*
  * The pool of KV pages: 16 tokens of keys and values of every layer each, counted references, so
- * that samples of one prompt share its pages. The memory is taken at the first use.
+ * that samples of one prompt share its pages. The pool is taken when the model is loaded, so that
+ * nothing later can be in its way; the machine gives the memory when a page is first written.
  *
  * A full page may be kept after its sequences are gone, for those to come that begin with the same
  * tokens under the same weights (prefix.h). Keys and values of a token are the same bits however
@@ -24,7 +25,7 @@ struct tb_kv {
     int n_pages, n_free;
     size_t page_bytes; /* of one layer */
     size_t bytes;      /* of all layers and pages */
-    char *mem;         /* [n_layers][n_pages][page_bytes]; NULL until tb_kv_ready */
+    char *mem;         /* [n_layers][n_pages][page_bytes] */
     int32_t *free_list;
     int32_t *refs;
     int64_t n_preempted;                   /* sequences that were sent away and computed again */
@@ -33,9 +34,8 @@ struct tb_kv {
     bool no_reuse; /* neither keep nor find pages: what they hold cannot be trusted */
 };
 
-void tb_kv_init(struct tb_kv *kv, struct tb_model *m); /* decides n_pages; takes no memory */
+int tb_kv_init(struct tb_kv *kv, struct tb_model *m, struct tb_error *err);
 void tb_kv_fini(struct tb_kv *kv, struct tb_model *m);
-int tb_kv_ready(struct tb_kv *kv, struct tb_model *m, struct tb_error *err);
 
 int32_t tb_kv_take(struct tb_kv *kv); /* a page with one reference, or -1 */
 void tb_kv_ref(struct tb_kv *kv, int32_t page);

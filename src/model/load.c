@@ -166,7 +166,7 @@ static int vector(struct tb_model *m, float **out, int n_names, const char *cons
         if (*out)
             m->be->ops->upload(m->be, *out, host, total * 4);
         else
-            rc = tb_error_set(err, TB_ENOMEM, "no memory for tensor %s", names[0]);
+            rc = tb_backend_no_memory(m->be, err, total * 4, names[0]);
     }
     tb_free(host);
     return rc;
@@ -222,7 +222,7 @@ static int load_embedding(struct tb_model *m, struct tb_error *err)
     m->embed_bytes = t->bytes;
     if (reads_host(m->be)) return 0;
     m->embed_copy = m->be->ops->alloc(m->be, t->bytes);
-    if (!m->embed_copy) return tb_error_set(err, TB_ENOMEM, "no memory for tensor %s", name);
+    if (!m->embed_copy) return tb_backend_no_memory(m->be, err, t->bytes, name);
     m->be->ops->upload(m->be, m->embed_copy, t->data, t->bytes);
     m->embed = m->embed_copy;
     tb_st_drop_pages(m->st, t);
@@ -315,7 +315,8 @@ static int load(struct tb_model *m, struct tb_error *err)
     if (!rc) rc = pack_all(m, false, err);
     if (!rc) rc = tb_model_need_rope(m, TB_MIN(m->opt.max_context, TB_ROPE_FIRST), err);
     if (rc) return rc;
-    tb_kv_init(&m->kv, m);
+    rc = tb_kv_init(&m->kv, m, err);
+    if (rc) return rc;
     collect_eos(m);
     fill_info(m);
     count_bytes(m);
@@ -331,6 +332,8 @@ int tb_model_load(struct tb_model **out, struct tb_backend *be, const char *name
     m->dir = tb_strdup(dir);
     if (options) m->opt = *options;
     tb_list_init(&m->samplings);
+    tb_list_init(&m->in_pager);
+    if (m->opt.pager) tb_pager_add_model(m->opt.pager, &m->in_pager);
     int rc = load(m, err);
     if (rc) {
         tb_model_free(m);
@@ -369,8 +372,8 @@ void tb_model_free(struct tb_model *m)
     if (m->embed_copy) ops->free(m->be, m->embed_copy, m->embed_bytes);
     free_vector(m, m->rope_cos, (size_t)m->rope_len * (size_t)c->head_dim / 2);
     free_vector(m, m->rope_sin, (size_t)m->rope_len * (size_t)c->head_dim / 2);
-    tb_block_free(m->be, &m->train_ws);
-    tb_block_free(m->be, &m->sample_ws);
+    tb_list_del(&m->in_pager);
+    tb_model_free_workspaces(m);
     tb_kv_fini(&m->kv, m);
     tb_tokenizer_destroy(m->tokenizer);
     tb_st_close(m->st);
@@ -400,7 +403,7 @@ int tb_model_need_rope(struct tb_model *m, int n, struct tb_error *err)
     if (!s) {
         if (c) m->be->ops->free(m->be, c, bytes);
         tb_free(host);
-        return tb_error_set(err, TB_ENOMEM, "no memory for rope tables of %d positions", len);
+        return tb_backend_no_memory(m->be, err, 2 * bytes, "the rope tables");
     }
     float *host_sin = host + (size_t)len * half;
     tb_rope_table(&m->cfg.rope, m->cfg.head_dim, 0, len, host, host_sin);
@@ -421,8 +424,7 @@ int tb_block_reserve(struct tb_backend *be, struct tb_block *b, size_t bytes, co
     if (bytes <= b->cap) return 0;
     tb_block_free(be, b);
     b->p = be->ops->alloc(be, bytes);
-    if (!b->p)
-        return tb_error_set(err, TB_ENOMEM, "no memory for %zu MiB of %s", bytes >> 20, what);
+    if (!b->p) return tb_backend_no_memory(be, err, bytes, what);
     b->cap = bytes;
     return 0;
 }
@@ -432,4 +434,24 @@ void tb_block_free(struct tb_backend *be, struct tb_block *b)
     if (b->p) be->ops->free(be, b->p, b->cap);
     b->p = NULL;
     b->cap = 0;
+}
+
+size_t tb_model_idle_workspaces(const struct tb_model *m)
+{
+    return (m->train_ws.busy ? 0 : m->train_ws.cap) + (m->sample_ws.busy ? 0 : m->sample_ws.cap);
+}
+
+void tb_model_free_workspaces(struct tb_model *m)
+{
+    if (!m->train_ws.busy) tb_block_free(m->be, &m->train_ws);
+    if (!m->sample_ws.busy) tb_block_free(m->be, &m->sample_ws);
+}
+
+struct tb_model_usage tb_model_usage(const struct tb_model *m)
+{
+    struct tb_model_usage u = m->usage;
+    u.weights = m->info.weight_bytes;
+    u.kv = m->kv.bytes;
+    u.workspaces = m->train_ws.cap + m->sample_ws.cap;
+    return u;
 }

@@ -29,6 +29,7 @@ struct tb_model;
 struct tb_adapter;
 struct tb_adapter_version;
 struct tb_seq;
+struct tb_pager;
 struct tb_graph; /* model/custom/graph.h */
 
 struct tb_model_options {
@@ -39,6 +40,7 @@ struct tb_model_options {
     /* Activations of one micro-batch in training; a datum that needs more is refused. 0 = an eighth
      * of the machine's memory, at most 1 GiB, and more for a datum longer than that. */
     size_t activation_bytes;
+    struct tb_pager *pager; /* model/pager.h; NULL: nothing goes to files. Outlives the model */
 };
 
 struct tb_model_info {
@@ -64,6 +66,13 @@ void tb_model_free(
     struct tb_model *m); /* accepts NULL; adapters, versions and sequences must be gone */
 const struct tb_model_info *tb_model_info(const struct tb_model *m);
 
+/* Bytes in memory now; adapters and versions that are alive, and how many of these are in files. */
+struct tb_model_usage {
+    size_t weights, adapters, versions, kv, workspaces;
+    int n_adapters, n_versions, adapters_out, versions_out;
+};
+struct tb_model_usage tb_model_usage(const struct tb_model *m);
+
 /* ---- adapters */
 /* A seeded fresh adapter: A ~ U(-1/sqrt(in), 1/sqrt(in)) by Philox keyed by (seed, tensor name), B
  * = 0. */
@@ -78,11 +87,11 @@ int tb_adapter_create_from(struct tb_adapter **out, struct tb_model *m,
 int tb_adapter_restore(struct tb_adapter *a, const struct tb_adapter_state *s, bool with_optimizer,
                        struct tb_error *err);
 /* A copy in host memory; base_model is left to the caller's name. */
-int tb_adapter_export(const struct tb_adapter *a, bool with_optimizer,
-                      struct tb_adapter_state **out, struct tb_error *err);
+int tb_adapter_export(struct tb_adapter *a, bool with_optimizer, struct tb_adapter_state **out,
+                      struct tb_error *err);
 void tb_adapter_free(struct tb_adapter *a);
 const struct tb_lora_config *tb_adapter_config(const struct tb_adapter *a);
-size_t tb_adapter_bytes(const struct tb_adapter *a);
+size_t tb_adapter_bytes(const struct tb_adapter *a); /* when it is in memory */
 int64_t tb_adapter_step(const struct tb_adapter *a);
 
 /* Publishes the current parameters; cheap (copy on write or one copy of the compute-dtype weights).

@@ -68,22 +68,19 @@ static int need_arrays(struct tb_adapter *a, struct tb_error *err)
             if (is_g && !a->has_grad) ops->zero(a->m->be, a->g, bytes);
             continue;
         }
-        float *p = ops->alloc(a->m->be, bytes);
-        if (!p)
-            return tb_error_set(err, TB_ENOMEM, "no memory for %zu MiB of optimizer state",
-                                bytes >> 20);
+        float *p = tb_adapter_alloc_flat(a);
+        if (!p) return tb_backend_no_memory(a->m->be, err, bytes, "an adapter's moments");
         ops->zero(a->m->be, p, bytes);
         *arrays[i] = p;
     }
     return 0;
 }
 
-void tb_adapter_optim_step(struct tb_adapter *a, struct tb_op *op)
+static void step(struct tb_adapter *a, struct tb_op *op)
 {
     const struct tb_optim_step *o = &op->u.optim_step;
     const struct tb_backend_ops *ops = a->m->be->ops;
     size_t n = (size_t)a->layout->n_floats;
-    if (check_ranges(o, &op->error)) return;
     if (!a->has_grad && !a->mom && (o->weight_decay <= 0 || o->learning_rate <= 0)) {
         a->step++; /* nothing was ever accumulated: p, m and v stay as they are */
         set_metrics(op, 0, o->learning_rate);
@@ -117,4 +114,11 @@ void tb_adapter_optim_step(struct tb_adapter *a, struct tb_op *op)
     tb_adapter_refresh_act(a);
     if (ops->sync(a->m->be, &op->error)) return;
     set_metrics(op, norm, o->learning_rate);
+}
+
+void tb_adapter_optim_step(struct tb_adapter *a, struct tb_op *op)
+{
+    if (check_ranges(&op->u.optim_step, &op->error) || tb_adapter_hold(a, &op->error)) return;
+    step(a, op);
+    tb_adapter_release(a);
 }

@@ -42,6 +42,7 @@ struct tb_pass {
     bool grad_attn, grad_mlp, grad_unembed; /* what some run of grads trains */
 
     /* ---- laid out by tb_pass_layout */
+    struct tb_block *block;     /* busy until tb_pass_fini */
     struct tb_lora_span *spans; /* host scratch */
     struct tb_saved *saved;     /* host; n_layers of them (KEEP) or one */
     float **x;                  /* host; residual stream before each layer, n_layers + 1 pointers */

@@ -13,6 +13,10 @@
  * use are as good as free. So the first running sequence advances, and with nobody running the
  * first waiting one fits.
  *
+ * Weights of samplings are in memory for the length of a step. When there is no room for all of
+ * them, some leave the step out, first those that hold no pages, of these the latest; and a step
+ * has as many rows as its buffers find room.
+ *
  * Owner: struct step lives for one call. Thread: the model's.
  */
 #include <math.h>
@@ -53,7 +57,10 @@ struct turn { /* a tenant's fills */
 
 struct step {
     struct tb_model *m;
-    int budget;    /* prefill rows */
+    int budget;  /* prefill rows */
+    int rows;    /* in all, at most */
+    int n_ready; /* samplings whose weights are held, and their largest rank */
+    int ru;
     int n_running; /* sequences that hold pages */
     int n_fills, cap_fills, n_turns;
     struct fill *fills;
@@ -181,6 +188,75 @@ static enum admission admit(struct tb_model *m, struct tb_seq *q, int n_running)
     return ADMITTED;
 }
 
+/* ---- weights */
+
+/* Buffers of a step of T rows. */
+static size_t step_bytes(struct tb_model *m, int T, int ru)
+{
+    return tb_pass_bytes(m, TB_PASS_INFER, false, T, ru) + (size_t)m->cfg.vocab * sizeof(float);
+}
+
+static bool holds_pages(const struct tb_sampling *s)
+{
+    if (s->root.n_pages) return true;
+    for (int i = 0; i < s->req->n_samples; i++)
+        if (s->seqs[i].n_pages) return true;
+    return false;
+}
+
+/* Holds a sampling's weights beside those held before, if there is room for the rows too; the first
+ * one fails when it cannot. */
+static void hold_one(struct step *st, struct tb_sampling *s)
+{
+    struct tb_backend *be = st->m->be;
+    struct tb_error err = {0};
+    if (s->version) {
+        int ru = TB_MAX(st->ru, s->version->layout->config.rank);
+        size_t need = tb_version_idle_bytes(s->version), room = tb_backend_room(be);
+        if (st->n_ready && need && room < SIZE_MAX &&
+            (need > room || step_bytes(st->m, st->rows, ru) > room - need))
+            return;
+        if (tb_version_hold(s->version, &err)) {
+            tb_sampling_fail(s, err.code, err.msg);
+            return;
+        }
+        st->ru = ru;
+    }
+    s->ready = true;
+    st->rows += s->req->n_samples;
+    st->n_ready++;
+}
+
+/* Holds the weights of as many samplings as there is room for, those with pages first, else in the
+ * order of precedence, and decides how many rows the step may have. */
+static void hold_weights(struct step *st)
+{
+    struct tb_model *m = st->m;
+    bool blocked = false;
+    st->rows = st->budget;
+    TB_LIST_FOREACH (it, &m->samplings) {
+        struct tb_sampling *s = TB_LIST_ENTRY(it, struct tb_sampling, node);
+        if (s->chosen && !s->done && holds_pages(s)) hold_one(st, s);
+    }
+    TB_LIST_FOREACH (it, &m->samplings) {
+        struct tb_sampling *s = TB_LIST_ENTRY(it, struct tb_sampling, node);
+        if (!s->chosen || s->done || s->ready || blocked || holds_pages(s)) continue;
+        hold_one(st, s);
+        blocked = !s->ready && !s->done; /* nobody who waits overtakes it */
+    }
+    size_t room = tb_backend_room(m->be);
+    while (st->rows > 1 && room < SIZE_MAX && step_bytes(m, st->rows, st->ru) > room)
+        st->rows /= 2;
+}
+
+static void release_weights(struct tb_sampling *const *s, int n)
+{
+    for (int i = 0; i < n; i++) {
+        if (s[i]->ready && s[i]->version) tb_version_release(s[i]->version);
+        s[i]->ready = false;
+    }
+}
+
 /* ---- choosing */
 
 static void add_entry(struct step *st, struct tb_seq *q, int n)
@@ -201,7 +277,7 @@ static void for_each_open(struct step *st, void (*fn)(struct step *st, struct tb
 {
     TB_LIST_FOREACH (it, &st->m->samplings) {
         struct tb_sampling *s = TB_LIST_ENTRY(it, struct tb_sampling, node);
-        if (!s->chosen || s->done) continue;
+        if (!s->ready || s->done) continue;
         if (!s->forked) fn(st, &s->root);
         for (int i = 0; s->forked && i < s->req->n_samples; i++)
             if (s->seqs[i].state != TB_SEQ_DONE) fn(st, &s->seqs[i]);
@@ -215,7 +291,7 @@ static bool decodes(const struct tb_seq *q)
 
 static void add_decode(struct step *st, struct tb_seq *q)
 {
-    if (decodes(q) && need_pages(st->m, q, 1)) add_entry(st, q, 1);
+    if (decodes(q) && st->T < st->rows && need_pages(st->m, q, 1)) add_entry(st, q, 1);
 }
 
 static void add_fill(struct step *st, struct tb_seq *q)
@@ -297,7 +373,7 @@ static void share_rows(struct step *st)
     }
     for_each_open(st, add_held);
     qsort(st->turns, (size_t)st->n_turns, sizeof(*st->turns), by_held);
-    for (int left = st->budget, took = 1; left > 0 && took > 0;) {
+    for (int left = TB_MIN(st->budget, st->rows - st->T), took = 1; left > 0 && took > 0;) {
         int n_open = 0;
         for (int i = 0; i < st->n_turns; i++)
             n_open += st->turns[i].next < st->turns[i].end;
@@ -309,7 +385,7 @@ static void share_rows(struct step *st)
     }
 }
 
-/* Those that decode advance in any case; what is left of the prompts gets the prefill rows. A
+/* Those that decode come first; what is left of the prompts gets the prefill rows. A
  * prompt that runs has all its pages, so nothing after the decoding ones takes pages from anybody.
  */
 static void choose(struct step *st)
@@ -722,18 +798,22 @@ int tb_model_sample_step(struct tb_model *m, struct tb_sampling *const *s, int n
                          int prefill_budget, int *n_rows, struct tb_error *err)
 {
     struct tb_error e = {0};
-    struct step st = {.m = m, .budget = prefill_budget};
+    int rc = 0;
     *n_rows = 0;
-    int rc = tb_kv_ready(&m->kv, m, &e);
     for (int i = 0; i < n; i++)
         s[i]->chosen = true;
-    if (!rc) choose(&st);
-    if (!rc && st.n) rc = run(&st, &e);
-    if (!rc) *n_rows = st.T;
-    for (int i = 0; i < n; i++) {
+    do { /* again for those that left a failed step out */
+        struct step st = {.m = m, .budget = prefill_budget};
+        hold_weights(&st);
+        choose(&st);
+        rc = st.n ? run(&st, &e) : 0;
+        if (!rc) *n_rows = st.T;
+        for (int i = 0; i < n && rc; i++)
+            if (s[i]->ready || rc == TB_EDEVICE) tb_sampling_fail(s[i], rc, e.msg);
+        release_weights(s, n);
+        free_step(&st);
+    } while (rc && rc != TB_EDEVICE);
+    for (int i = 0; i < n; i++)
         s[i]->chosen = false;
-        if (rc) tb_sampling_fail(s[i], rc, e.msg);
-    }
-    free_step(&st);
     return rc == TB_EDEVICE ? tb_error_set(err, rc, "%s", e.msg) : 0;
 }

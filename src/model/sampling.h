@@ -54,6 +54,7 @@ struct tb_sampling {
     int n_open;          /* samples not done */
     bool done;
     bool chosen; /* in the step at hand */
+    bool ready;  /* chosen, and its weights are held */
 };
 
 static inline int tb_seq_tokens(const struct tb_seq *q)

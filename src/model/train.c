@@ -79,6 +79,77 @@ static int prepare_op(struct tb_training *t, const struct tb_graph *graph, struc
     return 0;
 }
 
+/* ---- memory of an op: its adapter's, and that of its own gradient, which is a file of its own
+ * when it is out between two calls. Before the first datum is through it is zero, and needs none.
+ */
+
+static void free_scratch(struct tb_training *t)
+{
+    tb_paged_forget(&t->page);
+    tb_adapter_free_flat(t->adapter, t->scratch);
+    t->scratch = NULL;
+}
+
+static struct tb_page_part scratch_part(const struct tb_training *t)
+{
+    return (struct tb_page_part){t->scratch, tb_adapter_flat_bytes(t->adapter)};
+}
+
+static int scratch_page_out(struct tb_paged *x, struct tb_error *err)
+{
+    struct tb_training *t = TB_CONTAINER_OF(x, struct tb_training, page);
+    struct tb_page_part part = scratch_part(t);
+    int rc = t->n_through ? tb_page_write(x, &part, 1, err) : 0;
+    if (rc) return rc;
+    tb_adapter_free_flat(t->adapter, t->scratch);
+    t->scratch = NULL;
+    return 0;
+}
+
+static int scratch_page_in(struct tb_training *t, struct tb_error *err)
+{
+    struct tb_backend *be = t->adapter->m->be;
+    t->scratch = tb_adapter_alloc_flat(t->adapter);
+    struct tb_page_part part = scratch_part(t);
+    if (!t->scratch) return tb_backend_no_memory(be, err, part.bytes, "the gradients");
+    int rc = 0;
+    if (t->page.file)
+        rc = tb_page_read(&t->page, &part, 1, err);
+    else
+        be->ops->zero(be, t->scratch, part.bytes);
+    if (!rc) return 0;
+    tb_adapter_free_flat(t->adapter, t->scratch);
+    t->scratch = NULL;
+    return rc;
+}
+
+/* What is computed on stays in memory until release. */
+static int hold(struct tb_training *t, struct tb_error *err)
+{
+    if (t->held) return 0;
+    int rc = tb_adapter_hold(t->adapter, err);
+    if (rc) return rc;
+    t->held = true;
+    tb_paged_busy(&t->page);
+    return t->backward && !t->scratch ? scratch_page_in(t, err) : 0;
+}
+
+static void release(struct tb_training *t)
+{
+    if (!t->held) return;
+    t->held = false;
+    tb_adapter_release(t->adapter);
+    if (t->scratch) tb_paged_idle(&t->page, scratch_part(t).bytes);
+}
+
+/* Bytes that hold takes, or keeps from being freed. */
+static size_t hold_bytes(const struct tb_training *t)
+{
+    if (t->held) return 0;
+    size_t own = t->backward && (t->page.pager || !t->scratch) ? scratch_part(t).bytes : 0;
+    return own + tb_adapter_idle_bytes(t->adapter);
+}
+
 int tb_training_create(struct tb_training **out, struct tb_adapter *a, struct tb_op *op,
                        const struct tb_graph *graph)
 {
@@ -88,6 +159,8 @@ int tb_training_create(struct tb_training **out, struct tb_adapter *a, struct tb
     t->op = op;
     t->n_data = fb->n_data;
     t->backward = op->type == TB_OP_FORWARD_BACKWARD && !fb->forward_only;
+    t->page = (struct tb_paged){.pager = a->m->opt.pager, .page_out = scratch_page_out};
+    tb_list_init(&t->page.node);
     tb_arena_init(&t->arena);
     int rc = prepare_op(t, graph, &op->error);
     if (rc) {
@@ -96,13 +169,6 @@ int tb_training_create(struct tb_training **out, struct tb_adapter *a, struct tb
     }
     *out = t;
     return 0;
-}
-
-static void free_scratch(struct tb_training *t)
-{
-    if (!t->scratch) return;
-    t->adapter->m->be->ops->free(t->adapter->m->be, t->scratch, tb_adapter_flat_bytes(t->adapter));
-    t->scratch = NULL;
 }
 
 void tb_training_destroy(struct tb_training *t)
@@ -120,14 +186,10 @@ bool tb_training_done(const struct tb_training *t)
 
 int tb_training_reserve(struct tb_training *t, struct tb_error *err)
 {
-    struct tb_backend *be = t->adapter->m->be;
-    size_t bytes = tb_adapter_flat_bytes(t->adapter);
-    if (!t->backward || t->scratch) return 0;
-    t->scratch = be->ops->alloc(be, bytes);
-    if (!t->scratch)
-        return tb_error_set(err, TB_ENOMEM, "no memory for %zu MiB of gradients", bytes >> 20);
-    be->ops->zero(be, t->scratch, bytes);
-    return 0;
+    if (!t->backward || t->scratch || t->page.file) return 0;
+    int rc = scratch_page_in(t, err);
+    if (!rc) tb_paged_idle(&t->page, scratch_part(t).bytes);
+    return rc;
 }
 
 /* All data are through, or one failed: the gradient joins the adapter's, or leaves no trace. */
@@ -135,13 +197,16 @@ static void finish_op(struct tb_training *t)
 {
     struct tb_op *op = t->op;
     struct tb_model *m = t->adapter->m;
+    struct tb_error err = {0};
     t->done = true;
+    if (!t->failed && t->backward && hold(t, &err)) tb_train_fail(t, err.code, "%s", err.msg);
     if (!t->failed && !isfinite(t->loss_sum))
         tb_train_fail(t, TB_ENONFINITE, "the loss of the batch is not finite");
     if (!t->failed && t->scratch &&
         !isfinite(m->be->ops->sum_squares(m->be, t->scratch, (size_t)t->adapter->layout->n_floats)))
         tb_train_fail(t, TB_ENONFINITE, "the gradient is not finite");
     if (t->failed) {
+        release(t);
         free_scratch(t);
         op->result.n_outputs = 0;
         op->result.outputs = NULL;
@@ -149,6 +214,7 @@ static void finish_op(struct tb_training *t)
     }
     if (t->scratch) tb_adapter_add_grad(t->adapter, t->scratch);
     t->scratch = NULL;
+    release(t);
     int n = t->graph ? tb_graph_n_metrics(t->graph) : 0;
     struct tb_metric *metrics = tb_arena_calloc(&op->arena, 1 + (size_t)n, sizeof(*metrics));
     metrics[0] = (struct tb_metric){"loss:sum", t->loss_sum};
@@ -279,6 +345,8 @@ out:
 
 struct batch {
     struct tb_model *m;
+    const struct tb_train_part *parts;
+    int n_parts;
     int ru;
     bool backward;
     int max_rows;
@@ -295,17 +363,26 @@ static void plan(struct batch *b)
 }
 
 /* How a micro-batch of T rows runs, or -1 when it would take too much memory (*need bytes). */
-static int choose_kind(const struct batch *b, int T, size_t *need)
+static int choose_kind(const struct batch *b, int T, size_t room, size_t *need)
 {
     struct tb_model *m = b->m;
+    size_t most = TB_MIN(m->hard_bytes, room);
     if (b->backward) {
         *need = tb_pass_bytes(m, TB_PASS_KEEP, true, T, b->ru);
-        if (T <= b->max_rows || *need <= m->soft_bytes) return TB_PASS_KEEP;
+        if (*need <= room && (T <= b->max_rows || *need <= m->soft_bytes)) return TB_PASS_KEEP;
         *need = tb_pass_bytes(m, TB_PASS_RECOMPUTE, true, T, b->ru);
-        return *need <= m->hard_bytes ? TB_PASS_RECOMPUTE : -1;
+        return *need <= most ? TB_PASS_RECOMPUTE : -1;
     }
     *need = tb_pass_bytes(m, TB_PASS_INFER, false, T, b->ru);
-    return *need <= m->hard_bytes ? TB_PASS_INFER : -1;
+    return *need <= most ? TB_PASS_INFER : -1;
+}
+
+/* Whether there is memory for t and a micro-batch of T rows beside what is held. */
+static bool fits(const struct batch *b, const struct tb_training *t, int T)
+{
+    size_t room = tb_backend_room(b->m->be), own = hold_bytes(t), need;
+    if (room == SIZE_MAX) return true;
+    return own <= room && choose_kind(b, T, room - own, &need) >= 0;
 }
 
 /* Runs the micro-batch; a failure other than a lost device fails the ops in it. */
@@ -313,12 +390,14 @@ static int flush(struct batch *b, struct micro *mb, struct tb_error *err)
 {
     if (mb->n == 0) return 0;
     struct tb_error e = {0};
-    size_t need;
-    int kind = choose_kind(b, mb->T, &need), rc;
+    size_t need, room = tb_backend_room(b->m->be);
+    int kind = choose_kind(b, mb->T, room, &need), rc;
     if (kind < 0) {
-        rc = tb_error_set(&e, TB_ENOMEM,
-                          "datum %d: %d tokens need %zu MiB of activations; the limit is %zu MiB",
-                          mb->runs[0].index, mb->T, need >> 20, b->m->hard_bytes >> 20);
+        rc = tb_error_set(
+            &e, TB_ENOMEM,
+            "datum %d: %d tokens need %.1f MiB of activations; there is room for %.1f MiB",
+            mb->runs[0].index, mb->T, (double)need / (1 << 20),
+            (double)TB_MIN(room, b->m->hard_bytes) / (1 << 20));
     } else {
         mb->kind = (enum tb_pass_kind)kind;
         rc = run_micro(b->m, mb, &e);
@@ -332,11 +411,20 @@ static int flush(struct batch *b, struct micro *mb, struct tb_error *err)
     return 0;
 }
 
+static void release_all(struct batch *b)
+{
+    for (int i = 0; i < b->n_parts; i++)
+        release(b->parts[i].training);
+}
+
 /* Adds a datum to the micro-batch, which runs first when there is no room for it. */
 static int add_datum(struct batch *b, struct micro *mb, struct tb_training *t, struct tb_error *err)
 {
     int index = t->n_begun++, n = t->inputs[index].n, rc = 0;
-    if (mb->n && mb->T + n > b->max_rows) rc = flush(b, mb, err);
+    struct tb_error e = {0};
+    if (mb->n && (mb->T + n > b->max_rows || !fits(b, t, mb->T + n))) rc = flush(b, mb, err);
+    if (!mb->n && !fits(b, t, n)) release_all(b); /* held from micro-batches before */
+    if (!rc && !t->failed && hold(t, &e)) tb_train_fail(t, e.code, "%s", e.msg);
     if (rc || t->failed) return rc;
     if (mb->n == mb->cap) {
         mb->cap = mb->cap ? mb->cap * 2 : 64;
@@ -354,7 +442,7 @@ static int add_datum(struct batch *b, struct micro *mb, struct tb_training *t, s
 static int run_parts(struct tb_model *m, const struct tb_train_part *parts, int n, bool backward,
                      struct tb_error *err)
 {
-    struct batch b = {.m = m, .backward = backward};
+    struct batch b = {.m = m, .parts = parts, .n_parts = n, .backward = backward};
     bool any = false;
     int rc = 0;
     for (int i = 0; i < n; i++) {
@@ -375,11 +463,11 @@ static int run_parts(struct tb_model *m, const struct tb_train_part *parts, int 
     for (int i = 0; i < n && !rc; i++) {
         struct tb_training *t = parts[i].training;
         if (t->backward != backward) continue;
-        if (tb_training_reserve(t, &e)) tb_train_fail(t, e.code, "%s", e.msg);
         for (int j = 0; j < parts[i].n_data && t->n_begun < t->n_data && !t->failed && !rc; j++)
             rc = add_datum(&b, &mb, t, err);
     }
     if (!rc) rc = flush(&b, &mb, err);
+    release_all(&b);
     tb_free(mb.runs);
     return rc;
 }

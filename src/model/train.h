@@ -22,7 +22,9 @@ struct tb_training {
     bool failed, done; /* done: op->result is complete, or op->error is set */
     int n_data, n_begun, n_through;
     double loss_sum;
-    float *scratch; /* the op's own gradient, flat, on the device; NULL until it is reserved */
+    float *scratch; /* the op's own gradient, flat, on the device; NULL: not reserved, or out */
+    struct tb_paged page; /* of scratch */
+    bool held;            /* adapter and scratch are */
 };
 
 struct tb_datum_run { /* one datum of a micro-batch */

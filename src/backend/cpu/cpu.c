@@ -65,17 +65,16 @@ void *tb_scratch_get(struct tb_scratch *s, size_t bytes)
 
 void *tb_cpu_take(struct tb_backend *be, size_t bytes)
 {
-    if (be->mem_limit && (bytes > be->mem_limit || be->mem_used > be->mem_limit - bytes))
-        return NULL;
+    if (!tb_backend_charge(be, bytes)) return NULL;
     void *p = tb_cpu_alloc(bytes);
-    if (p) be->mem_used += bytes;
+    if (!p) tb_backend_uncharge(be, bytes);
     return p;
 }
 
 void tb_cpu_give(struct tb_backend *be, void *p, size_t bytes)
 {
     if (!p) return;
-    be->mem_used -= bytes;
+    tb_backend_uncharge(be, bytes);
     tb_cpu_free(p);
 }
 

@@ -7,6 +7,7 @@
 #include <uv.h>
 
 #include "model/custom/graph.h"
+#include "model/pager.h"
 #include "util/mem.h"
 
 struct tb_model {
@@ -147,6 +148,21 @@ const struct tb_model_info *tb_model_info(const struct tb_model *m)
     return &m->info;
 }
 
+struct tb_model_usage tb_model_usage(const struct tb_model *m)
+{
+    return (struct tb_model_usage){0};
+}
+
+int tb_pager_create(struct tb_pager **out, struct tb_backend *be, const char *dir,
+                    struct tb_error *err)
+{
+    return 0;
+}
+
+void tb_pager_destroy(struct tb_pager *p) {}
+
+void tb_pager_stats(const struct tb_pager *p, struct tb_pager_stats *out) {}
+
 int tb_adapter_create(struct tb_adapter **out, struct tb_model *m,
                       const struct tb_lora_config *config, struct tb_error *err)
 {
@@ -170,8 +186,8 @@ int tb_adapter_restore(struct tb_adapter *a, const struct tb_adapter_state *s, b
     return 0;
 }
 
-int tb_adapter_export(const struct tb_adapter *a, bool with_optimizer,
-                      struct tb_adapter_state **out, struct tb_error *err)
+int tb_adapter_export(struct tb_adapter *a, bool with_optimizer, struct tb_adapter_state **out,
+                      struct tb_error *err)
 {
     *out = tb_adapter_state_create();
     (*out)->lora.rank = a->rank;

@@ -399,7 +399,7 @@ static void clean_up(struct runner *u, const struct schedule *s)
     run_alone(u, &rest);
     for (int i = 0; i < rest.n; i++)
         tb_buf_fini(&rest.items[i].result);
-    assert_int_equal(tb_kv_room(&u->model->kv), u->model->kv.mem ? u->model->kv.n_pages : 0);
+    assert_int_equal(tb_kv_room(&u->model->kv), u->model->kv.n_pages);
 }
 
 static void start(struct runner *u, const char *dir, int threads, int n_pages)
@@ -417,8 +417,9 @@ static void start(struct runner *u, const char *dir, int threads, int n_pages)
     u->first_id = 1;
     if (!n_pages) return;
     struct tb_kv *kv = &u->model->kv; /* not in use yet */
-    kv->bytes = kv->bytes / (size_t)kv->n_pages * (size_t)n_pages;
-    kv->n_pages = n_pages;
+    u->model->opt.kv_bytes = kv->bytes / (size_t)kv->n_pages * (size_t)n_pages;
+    tb_kv_fini(kv, u->model);
+    CHECK_OK(tb_kv_init(kv, u->model, &check_err));
 }
 
 static void on_closed(void *arg)

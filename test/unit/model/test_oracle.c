@@ -24,7 +24,7 @@ static double at(const json_t *v, size_t i, size_t k)
 }
 
 /* Greatest |ours - theirs| over the tensors of a file, each relative to its own largest value. */
-static double compare_flat(const struct tb_adapter *a, const float *ours, const char *path,
+static double compare_flat(struct tb_adapter *a, const float *ours, const char *path,
                            const char *prefix)
 {
     struct tb_adapter_state *s;
@@ -120,7 +120,7 @@ static void test_losses(void **state)
 }
 
 /* Parameters after AdamW: tight where the gradient is not noise, else within two steps. */
-static void check_params(const struct tb_adapter *a, const char *path, const float *g, double lr,
+static void check_params(struct tb_adapter *a, const char *path, const float *g, double lr,
                          int steps)
 {
     struct tb_adapter_state *s;

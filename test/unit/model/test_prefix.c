@@ -268,7 +268,6 @@ static void many(struct tb_backend *be, const struct shape *s, int n_requests, i
     size_t page = p.ref->kv.bytes / (size_t)p.ref->kv.n_pages;
     struct tb_model_options o = {.kv_bytes = (size_t)n_pages * page};
     p.m = open_model(be, s, &o);
-    CHECK_OK(tb_kv_ready(&p.m->kv, p.m, &check_err));
     if (collide) p.m->kv.prefix.mask = 0; /* all keys in one bucket */
     int32_t trunks[N_TRUNKS][TRUNK];
     for (int i = 0; i < N_TRUNKS; i++)
