@@ -308,7 +308,7 @@ static void add_fill(struct step *st, struct tb_seq *q)
 
 static uint64_t tenant_of(const struct tb_seq *q)
 {
-    return q->s->op->tenant;
+    return q->s->op->share;
 }
 
 /* By tenant; of one tenant those that run first, then the oldest. */

@@ -259,7 +259,7 @@ struct tb_op {
     const char *sampling_session_id; /* sample */
     int64_t seq_id; /* training order or sample label; -1: none (0.1.5, arrival order) */
     const char *idempotency_key; /* X-Idempotency-Key or NULL */
-    uint64_t tenant;             /* of a sample: whose share of a step it takes; core/ fills it */
+    uint64_t share; /* of a sample: those of one number share a part of a step; core/ fills it */
 
     union {
         struct tb_create_model create_model;

@@ -335,7 +335,7 @@ static void submit(struct runner *u, struct schedule *s, int at)
     case SAMPLE:
         t->version_id = it->of >= 0 ? u->first_id + (uint64_t)it->of : 0;
         t->op = make_sample(&r);
-        t->op->tenant = (uint64_t)it->tenant;
+        t->op->share = (uint64_t)it->tenant;
         break;
     case EXPORT: t->with_optimizer = true; break;
     case VERSION_FREE: t->version_id = u->first_id + (uint64_t)it->of; break;
@@ -402,13 +402,13 @@ static void clean_up(struct runner *u, const struct schedule *s)
     assert_int_equal(tb_kv_room(&u->model->kv), u->model->kv.n_pages);
 }
 
-static void start(struct runner *u, const char *dir, int threads, int n_pages)
+static void start(struct runner *u, const char *dir, const char *dtype, int threads, int n_pages)
 {
     struct tb_engine_model m = {.name = "m", .dir = dir};
     struct tb_engine_options o = {.models = &m,
                                   .n_models = 1,
                                   .backend = "cpu",
-                                  .dtype = "f32",
+                                  .dtype = dtype,
                                   .n_threads = threads,
                                   .max_rank = 16};
     uv_loop_init(&u->loop);
@@ -450,17 +450,16 @@ static void compare(const struct schedule *x, const struct schedule *y, int numb
     }
 }
 
-static void test_schedules(void **state)
+static void run_schedules(const char *dtype, int n)
 {
-    (void)state;
     char *dir = random_model(&shape, 3, 0.4f);
     struct runner alone, together;
-    start(&alone, dir, 1, 0);
-    start(&together, dir, 2, 20);
+    start(&alone, dir, dtype, 1, 0);
+    start(&together, dir, dtype, 2, 20);
     remove_dir(dir);
     int n_items = 0, n_failed = 0, n_canceled = 0;
     size_t n_bytes = 0;
-    for (int k = 0; k < N_SCHEDULES; k++) {
+    for (int k = 0; k < n; k++) {
         static struct schedule x, y;
         make_schedule(&x, (uint64_t)k);
         y = x;
@@ -494,15 +493,29 @@ static void test_schedules(void **state)
         n_items, n_bytes, n_failed, n_canceled, (unsigned long long)a.steps,
         (unsigned long long)b.steps, (unsigned long long)b.kv.n_preempted,
         (unsigned long long)b.kv.n_hit_tokens);
-    assert_true(n_bytes > (size_t)N_SCHEDULES * 10000 && n_failed > 10 && n_canceled > 10 &&
+    assert_true(n_bytes > (size_t)n * 10000 && n_failed > 10 && n_canceled > 10 &&
                 b.steps < a.steps);
     assert_true(b.kv.n_preempted > 10 && b.kv.n_hit_tokens > 1000);
     stop(&alone);
     stop(&together);
 }
 
+static void test_f32(void **state)
+{
+    (void)state;
+    run_schedules("f32", N_SCHEDULES);
+}
+
+static void test_bf16(void **state)
+{
+    (void)state;
+    if (!backend_bf16()) skip();
+    run_schedules("bf16", N_SCHEDULES / 5);
+    backends_fini();
+}
+
 int main(void)
 {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_schedules)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_f32), cmocka_unit_test(test_bf16)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -777,7 +777,7 @@ static void test_fair_prefill(void **state)
             int32_t prompt[150];
             random_tokens(prompt, 150, shapes[0].vocab, (uint64_t)n);
             ops[n] = op_sample(prompt, 150, 10, 1);
-            ops[n]->tenant = 1;
+            ops[n]->share = 1;
             assert_int_equal(tb_sampling_create(&s[n], m, NULL, ops[n]), 0);
         }
         for (; steps < 30; steps++)
@@ -786,7 +786,7 @@ static void test_fair_prefill(void **state)
             int32_t prompt[9];
             random_tokens(prompt, 9, shapes[0].vocab, (uint64_t)n);
             ops[n] = op_sample(prompt, 9, 5, 1);
-            ops[n]->tenant =
+            ops[n]->share =
                 1 + (uint64_t)(n - N); /* one more of the first tenant, one of another */
             ops[n]->u.sample.stream = true;
             assert_int_equal(tb_sampling_create(&s[n], m, NULL, ops[n]), 0);

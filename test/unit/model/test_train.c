@@ -179,6 +179,71 @@ static void test_splitting(void **state)
 }
 
 /* bf16 stays near float32: the same model, adapter and data. */
+/* Thirteen tenants whose data go through in random steps, one op given up half way: each has the
+ * outputs, loss and gradient that it has alone. */
+static void in_steps(struct tb_backend *be, const struct shape *s)
+{
+    enum { N = 13 };
+    struct tb_model *m = open_model(be, s, NULL);
+    struct tb_adapter *alone[N], *as[N];
+    struct tb_op *want[N], *ops[N];
+    struct tb_training *t[N];
+    uint64_t random = 12345;
+    for (int i = 0; i < N; i++) {
+        alone[i] = random_adapter(m, 1 + i % 6, (uint64_t)i, 0.1f);
+        as[i] = random_adapter(m, 1 + i % 6, (uint64_t)i, 0.1f);
+        want[i] = batch_op(s, (uint64_t)i, i % 4 > 0, i % 3 == 0);
+        ops[i] = batch_op(s, (uint64_t)i, i % 4 > 0, i % 3 == 0);
+        run_train(m, alone[i], want[i]);
+        assert_int_equal(tb_training_create(&t[i], as[i], ops[i], NULL), 0);
+    }
+    for (int step = 0, open = 1; open; step++) {
+        struct tb_train_part parts[N];
+        struct tb_error err;
+        int n = 0;
+        open = 0;
+        for (int i = 0; i < N; i++) {
+            if (i == 5 && step == 2) { /* two of its four data are through */
+                assert_false(tb_training_done(t[i]));
+                tb_training_destroy(t[i]);
+                t[i] = NULL;
+            }
+            if (!t[i] || tb_training_done(t[i])) continue;
+            open++;
+            random = random * 6364136223846793005u + 1442695040888963407u;
+            int n_data = i == 5 ? 1 : (int)(random >> 60) % 3;
+            if (n_data) parts[n++] = (struct tb_train_part){t[i], n_data};
+        }
+        if (n) assert_int_equal(tb_model_train(m, parts, n, &err), 0);
+    }
+    for (int i = 0; i < N; i++) {
+        if (i == 5) {
+            assert_false(as[i]->has_grad);
+        } else {
+            same_outputs(want[i], ops[i]);
+            double a = metric(want[i], "loss:sum"), b = metric(ops[i], "loss:sum");
+            assert_memory_equal(&a, &b, sizeof(a));
+            assert_int_equal(as[i]->has_grad, i % 4 > 0);
+            if (i % 4) same_grads(alone[i], as[i]);
+        }
+        tb_training_destroy(t[i]);
+        tb_op_destroy(want[i]);
+        tb_op_destroy(ops[i]);
+        tb_adapter_free(alone[i]);
+        tb_adapter_free(as[i]);
+    }
+    tb_model_free(m);
+}
+
+static void test_in_steps(void **state)
+{
+    (void)state;
+    for (size_t k = 0; k < N_SHAPES; k++) {
+        in_steps(backend_f32(), &shapes[k]);
+        if (backend_bf16()) in_steps(backend_bf16(), &shapes[k]);
+    }
+}
+
 static void test_bf16_near_f32(void **state)
 {
     (void)state;
@@ -478,6 +543,7 @@ int main(void)
         cmocka_unit_test(test_gradient_by_differences),
         cmocka_unit_test(test_packing),
         cmocka_unit_test(test_splitting),
+        cmocka_unit_test(test_in_steps),
         cmocka_unit_test(test_bf16_near_f32),
         cmocka_unit_test(test_failed_op_leaves_no_trace),
         cmocka_unit_test(test_out_of_memory),
