@@ -137,9 +137,6 @@ void tb_http_stream_begin(struct tb_http_request *req, int status, const char *c
                           const struct tb_http_field *fields, size_t n_fields);
 void tb_http_stream_chunk(struct tb_http_request *req, const void *p, size_t n);
 void tb_http_stream_end(struct tb_http_request *req);
-/* Instead of the end, when the rest cannot be made: the connection closes before the body's end, so
- * that the client does not take it for whole. */
-void tb_http_stream_cut(struct tb_http_request *req);
 size_t tb_http_stream_pending(const struct tb_http_request *req);
 
 /* ---- in-process calls: the same handler without a socket (for embedders and tests). body is

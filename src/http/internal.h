@@ -187,7 +187,7 @@ void tb_http_call_reply(struct tb_http_exchange *x, int status, const char *cont
                         const struct tb_http_field *fields, size_t n_fields);
 void tb_http_call_body(struct tb_http_exchange *x, const void *p, size_t n);
 void tb_http_call_done(struct tb_http_exchange *x);
-void tb_http_call_cut(struct tb_http_exchange *x); /* a stream that cannot go on: a 500 instead */
+void tb_http_call_cut(struct tb_http_exchange *x); /* it cannot become whole: a 500 instead */
 void tb_http_calls_run(struct tb_http_server *s);  /* starts the new ones, delivers the done ones */
 void tb_http_calls_abort(struct tb_http_server *s); /* answers 503 for all that are open */
 void tb_http_calls_deliver(struct tb_http_server *s);

@@ -335,23 +335,19 @@ void tb_http_stream_chunk(struct tb_http_request *req, const void *p, size_t n)
     }
 }
 
-/* True when the answer's last part can be sent; false: nothing is left to do. */
-static bool stream_ends(struct tb_http_exchange *x)
-{
-    if (x->orphan) {
-        tb_http_exchange_free(x);
-        return false;
-    }
-    if (!x->streaming || x->ended || x->aborted) return false;
-    x->ended = true;
-    if (x->broken) send_whole(x, 0, NULL, NULL, 0, false, NULL, 0);
-    return !x->broken;
-}
-
 void tb_http_stream_end(struct tb_http_request *req)
 {
     struct tb_http_exchange *x = tb_http_exchange_of(req);
-    if (!stream_ends(x)) return;
+    if (x->orphan) {
+        tb_http_exchange_free(x);
+        return;
+    }
+    if (!x->streaming || x->ended || x->aborted) return;
+    x->ended = true;
+    if (x->broken) {
+        send_whole(x, 0, NULL, NULL, 0, false, NULL, 0);
+        return;
+    }
     if (x->call) {
         tb_http_call_done(x);
         return;
@@ -361,16 +357,6 @@ void tb_http_stream_end(struct tb_http_request *req)
     uv_buf_t buf = {.base = last, .len = sizeof(last) - 1};
     if (x->chunked && !x->head && !tb_http_conn_send(c, &buf, 1, false)) return;
     tb_http_conn_sent(c);
-}
-
-void tb_http_stream_cut(struct tb_http_request *req)
-{
-    struct tb_http_exchange *x = tb_http_exchange_of(req);
-    if (!stream_ends(x)) return;
-    if (x->call)
-        tb_http_call_cut(x);
-    else
-        tb_http_conn_close(req->conn); /* without the last chunk */
 }
 
 size_t tb_http_stream_pending(const struct tb_http_request *req)

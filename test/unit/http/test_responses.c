@@ -71,11 +71,6 @@ static void handler(void *arg, struct tb_http_request *req)
         tb_http_stream_chunk(req, "", 0); /* must not end it */
         tb_http_stream_chunk(req, "c", 1);
         tb_http_stream_end(req);
-    } else if (tb_span_eq(p, "/stream-cut")) {
-        tb_http_stream_begin(req, 200, "text/plain", NULL, 0);
-        tb_http_stream_chunk(req, "ab", 2);
-        tb_http_stream_cut(req);
-        tb_http_stream_end(req); /* comes too late */
     } else if (tb_span_eq(p, "/stream-empty")) {
         tb_http_stream_begin(req, 200, "text/plain", NULL, 0);
         tb_http_stream_end(req);
@@ -246,33 +241,6 @@ static void test_streams(void **state)
     fx_stop(&f);
 }
 
-/* A body that lacks its end is no whole one: the connection closes before the last chunk. */
-static void test_stream_cut(void **state)
-{
-    struct fixture f;
-    fx_start(&f, NULL, handler);
-    struct client *c = client_open(&f);
-    client_puts(c, GET("/stream-cut"));
-    FX_UNTIL(&f, c->eof);
-    const char *body = memmem(c->in.p, c->in.n, "\r\n\r\n", 4);
-    assert_non_null(body);
-    assert_string_equal(body + 4, "2\r\nab\r\n");
-    client_close(c);
-    c = client_open(&f); /* later, with more to write than the socket takes */
-    client_puts(c, GET("/hold"));
-    FX_UNTIL(&f, f.n_held == 1);
-    tb_http_stream_begin(f.held[0], 200, NULL, NULL, 0);
-    char *piece = tb_calloc(1, BIG);
-    tb_http_stream_chunk(f.held[0], piece, BIG);
-    tb_free(piece);
-    tb_http_stream_cut(f.held[0]);
-    FX_UNTIL(&f, c->eof);
-    assert_true(c->in.n < BIG);
-    assert_int_equal(f.n_aborted, 0); /* the handler knows */
-    assert_int_equal(fx_stats(&f).requests_open, 0);
-    fx_stop(&f);
-}
-
 /* Back-pressure can be seen, and everything arrives in order. */
 static void test_stream_pending(void **state)
 {
@@ -333,13 +301,9 @@ static void test_stream_disconnect(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_heads),
-        cmocka_unit_test(test_injection_is_refused),
-        cmocka_unit_test(test_big_bodies),
-        cmocka_unit_test(test_streams),
-        cmocka_unit_test(test_stream_cut),
-        cmocka_unit_test(test_stream_pending),
-        cmocka_unit_test(test_stream_disconnect),
+        cmocka_unit_test(test_heads),          cmocka_unit_test(test_injection_is_refused),
+        cmocka_unit_test(test_big_bodies),     cmocka_unit_test(test_streams),
+        cmocka_unit_test(test_stream_pending), cmocka_unit_test(test_stream_disconnect),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
