@@ -164,6 +164,64 @@ struct product {
     struct tb_cpu *cpu;
 };
 
+/* y[0, cols) += scale * u B^T of one row; B's rows have kw words, of which KW = VW, or all of them,
+ * are taken at a time. Whole vectors of columns. */
+INLINE void row_term(const int KW, const tb_word *u, const tb_word *b, int kw, int cols,
+                     float scale, float *y)
+{
+    for (int c = 0; c < cols; c += VW, b += (size_t)VW * (size_t)kw) {
+        vf acc = vf_zero();
+        for (int k = 0; k < kw; k += KW) {
+            vw w[VW], t[VW];
+            UNROLL for (int i = 0; i < KW; i++) w[i] = vw_load(
+                (const uint32_t *)(const void *)(b + k + (size_t)i * (size_t)(KW == VW ? kw : VW)));
+            /* Halving steps: in the end w[i] has word i with its bits reversed of all columns. */
+            UNROLL for (int half = KW / 2; half >= 1; half /= 2)
+            {
+                UNROLL for (int i = 0; i < KW; i++) t[i] = w[i];
+                UNROLL for (int i = 0; i < KW / 2; i++)
+                {
+                    int at = i / half * 2 * half, j = i % half;
+                    w[at + j] = vw_unzip(t[at + 2 * j], t[at + 2 * j + 1], 0);
+                    w[at + half + j] = vw_unzip(t[at + 2 * j], t[at + 2 * j + 1], 1);
+                }
+            }
+            UNROLL for (int i = 0; i < KW; i++)
+            {
+                int at = 0;
+                UNROLL for (int bit = 1; bit < KW; bit *= 2) at = at * 2 + (i & bit ? 1 : 0);
+                acc = vdot(acc, vw_set1(u + k + i), w[at]);
+            }
+        }
+        vf_store(y + c, vf_add(vf_load(y + c), vf_mul(acc, vf_set1(scale))));
+    }
+}
+
+/* Adds a term's part in one row without packing B, with the bits of the product kernel. false: the
+ * rank or the columns do not suit. */
+static bool add_row_term(const struct tb_lora_mat *mat, const act_t *u, const act_t *b, int cols,
+                         float *y)
+{
+    int kw = words(mat->rank);
+    const tb_word *uw = (const tb_word *)(const void *)u, *bw = (const tb_word *)(const void *)b;
+    if (mat->rank % KP || cols % VW) return false;
+    if (kw % VW == 0)
+        row_term(VW, uw, bw, kw, cols, mat->scale, y);
+    else if (kw == 1)
+        row_term(1, uw, bw, kw, cols, mat->scale, y);
+    else if (kw == 2)
+        row_term(2, uw, bw, kw, cols, mat->scale, y);
+    else if (kw == 4)
+        row_term(4, uw, bw, kw, cols, mat->scale, y);
+#if VW == 16
+    else if (kw == 8)
+        row_term(8, uw, bw, kw, cols, mat->scale, y);
+#endif
+    else
+        return false;
+    return true;
+}
+
 /* Adds one term to columns [c0, c1) of rows [row, row + n): lora_up's arithmetic, while y is in
  * cache. */
 static void add_term(const struct product *p, const struct tb_lora_term *t, int row, int n, int c0,
@@ -186,13 +244,16 @@ static void add_term(const struct product *p, const struct tb_lora_term *t, int 
             last = imin(end, last + t->spans[++lo].n);
         if (first >= last) continue;
         int rank = s->mat->rank, kw = words(rank);
+        const act_t *b0 = (const act_t *)s->mat->b + (size_t)(c0 - t->col) * (size_t)rank;
+        if (last - first == 1 &&
+            add_row_term(s->mat, (const act_t *)t->u + (size_t)first * (size_t)t->ldu, b0, c1 - c0,
+                         p->y + (size_t)first * p->ldy + (size_t)c0))
+            continue;
         size_t panel_bytes = (size_t)kw * NW * 4, pad = (size_t)kw * KP * sizeof(act_t);
         char *mem = tb_scratch_get(&p->cpu->own[thread], panel_bytes + pad * (NW + ROWS_CHUNK));
         uint32_t *b = (uint32_t *)(void *)mem;
         act_t *tmp = (act_t *)(void *)(mem + panel_bytes);
-        if (packed != s->mat)
-            pack_rows((const act_t *)s->mat->b + (size_t)(c0 - t->col) * (size_t)rank, (size_t)rank,
-                      c1 - c0, rank, b, NW, tmp);
+        if (packed != s->mat) pack_rows(b0, (size_t)rank, c1 - c0, rank, b, NW, tmp);
         packed = s->mat;
         const uint32_t *page = b;
         struct mk m = {.b = &page,

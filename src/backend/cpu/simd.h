@@ -348,6 +348,13 @@ INLINE vf vdot(vf acc, vw a, vw b)
 {
     return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b);
 }
+INLINE vw vw_unzip(vw a, vw b, const int odd)
+{
+    __m512i i = _mm512_add_epi32(
+        _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30),
+        _mm512_set1_epi32(odd));
+    return _mm512_permutex2var_epi32(a, i, b);
+}
 /* Words of two rows of n <= VW activations: lane i is (lo[i], hi[i]). hi NULL = zeros. */
 INLINE void vw_pair(uint32_t *dst, const act_t *lo, const act_t *hi, int n)
 {
@@ -394,6 +401,19 @@ INLINE vw vw_set1(const tb_word *p)
 INLINE vf vdot(vf acc, vw a, vw b)
 {
     return vf_fma(a, b, acc);
+}
+/* The even or the odd words of a and b, in order. */
+INLINE vw vw_unzip(vw a, vw b, const int odd)
+{
+#    if defined(TB_K_AVX2)
+    vf v = odd ? _mm256_shuffle_ps(a, b, 0xdd) : _mm256_shuffle_ps(a, b, 0x88);
+    return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8));
+#    else
+    __m512i i = _mm512_add_epi32(
+        _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30),
+        _mm512_set1_epi32(odd));
+    return _mm512_permutex2var_ps(a, i, b);
+#    endif
 }
 INLINE void vw_pair(uint32_t *dst, const act_t *lo, const act_t *hi, int n)
 {
