@@ -138,8 +138,8 @@ def metrics(raw):
     for line in raw.get("/metrics").body.decode().splitlines():
         words = line.split()
         if words[:2] == ["#", "TYPE"]:
-            assert words[3] in ("counter", "gauge")
-            known.add(words[2])
+            assert words[3] in ("counter", "gauge", "summary")
+            known |= {words[2] + end for end in (("_sum", "_count") if words[3] == "summary" else ("",))}
         elif words[0] != "#":
             name, value = line.rsplit(" ", 1)
             assert name.split("{")[0] in known
