@@ -261,7 +261,7 @@ static int load_template(struct tb_encoder *c, const char *name, const json_t *o
             int32_t **list = seen_text ? &c->after : &c->before;
             size_t *n = seen_text ? &c->n_after : &c->n_before;
             json_int_t v = json_integer_value(json_array_get(ids, k));
-            if (v < 0 || v >= c->t->n)
+            if (v < 0 || v >= c->t->n || !c->t->tokens[v].flags)
                 return tb_error_set(e, TB_ECORRUPT,
                                     "%s: post_processor names the id %lld, which is no token", name,
                                     (long long)v);
