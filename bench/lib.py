@@ -411,7 +411,7 @@ def table(run):
         if peers:
             others = [r["median"][p] for p in peers if p in r["median"]]
             best = (min if lower else max)(others) if others and ours else None
-            line.append(f"{ours / best:.2f} x" if best else "")
+            line.append(f"{number(ours / best)} x" if best else "")
         lines.append(line)
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     text = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in lines]
