@@ -46,6 +46,9 @@ static inline void pack_cols(const act_t *src, size_t ld_src, int k, int n, uint
 {
     for (int i = 0; i < k; i += KP) {
         const act_t *lo = src + (size_t)i * ld_src, *hi = KP == 2 && i + 1 < k ? lo + ld_src : NULL;
+        for (int r = i + 16; r < imin(i + 16 + KP, k); r++) /* no stream that the CPU would see */
+            for (int j = 0; j < n; j += 64 / (int)sizeof(act_t))
+                _mm_prefetch((const char *)(src + (size_t)r * ld_src + j), _MM_HINT_T0);
         for (int j = 0; j < (int)ld; j += VW) {
             int m = imax(0, imin(VW, n - j));
             vw_pair(dst + (size_t)(i / KP) * ld + j, lo + (m ? j : 0), hi ? hi + (m ? j : 0) : NULL,
