@@ -106,11 +106,13 @@ typedef struct tb_reply {
 } tb_reply_t;
 typedef void (*tb_reply_cb)(void *arg, const tb_reply_t *reply);
 /* method: "GET", "POST", …; target: "/api/v1/healthz"; body is JSON (or NULL) and is copied. cb
- * comes once, on the loop, never from inside this call. Authentication does not apply. */
+ * comes once, on the loop, never from inside this call. The call is made with the first key, when
+ * there are any, and so for that one's tenant. */
 TB_API int tb_server_call(tb_server_t *s, const char *method, const char *target, const char *body,
                           size_t body_len, tb_reply_cb cb, void *arg, char err[TB_ERROR_SIZE]);
 
-/* ---- the host's own routes on the server's port (exact path, matched first, no authentication) */
+/* ---- the host's own routes on the server's port (exact path, matched first; they need a key
+ * when there are any) */
 typedef struct tb_request {
     const char *method, *path, *query, *body; /* body is not NUL-terminated */
     size_t body_len;

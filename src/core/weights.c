@@ -34,6 +34,15 @@ static void fail_text(struct tb_future *f, int code, const char *text)
     fail(f, &e);
 }
 
+/* Ends it as done, with what all of them tell. */
+static void succeed(struct tb_future *f, const char *path)
+{
+    struct tb_op *op = f->op;
+    if (path) op->result.path = tb_arena_strdup(&op->arena, path);
+    op->result.model_id = tb_arena_strdup(&op->arena, f->model->id);
+    tb_model_op_done(f);
+}
+
 /* ---- save */
 
 static enum tb_ckpt_kind kind_of(const struct tb_op *op)
@@ -47,16 +56,13 @@ static void written(void *arg, const struct tb_error *err, const struct tb_ckpt_
 {
     struct tb_future *f = arg;
     struct tb_core *c = f->core;
-    struct tb_op *op = f->op;
     c->n_async--;
     if (err->code) {
         fail(f, err);
     } else {
-        op->result.path = tb_arena_strdup(&op->arena, row->path);
-        op->result.size_bytes = row->size_bytes;
-        op->result.model_id = tb_arena_strdup(&op->arena, f->model->id);
+        f->op->result.size_bytes = row->size_bytes;
         tb_sampler_path_changed(c, row->path);
-        tb_model_op_done(f);
+        succeed(f, row->path);
     }
     tb_core_leave(c);
 }
@@ -147,8 +153,7 @@ static void published(struct tb_future *f, struct tb_task *t)
     struct tb_core_target *target = op->u.save_weights.inflight ? target_update(m, v) : NULL;
     tb_sampler_publish(m, id, target ? NULL : v, target);
     op->result.sampling_session_id = tb_arena_strdup(&op->arena, id);
-    op->result.model_id = tb_arena_strdup(&op->arena, m->id);
-    tb_model_op_done(f);
+    succeed(f, NULL);
 }
 
 void tb_weights_publish(struct tb_future *f)
@@ -187,15 +192,11 @@ static int check_load(const struct tb_op *op, struct tb_error *e)
 
 static void loaded(struct tb_future *f, struct tb_task *t)
 {
-    struct tb_op *op = f->op;
     const struct tb_error *e = tb_task_error(t);
-    if (e->code) {
+    if (e->code)
         fail(f, e);
-        return;
-    }
-    op->result.path = tb_arena_strdup(&op->arena, op->u.load_weights.path);
-    op->result.model_id = tb_arena_strdup(&op->arena, f->model->id);
-    tb_model_op_done(f);
+    else
+        succeed(f, f->op->u.load_weights.path);
 }
 
 static struct tb_task *load_task(struct tb_future *f, struct tb_adapter_state *state, bool create)

@@ -86,6 +86,7 @@ static void work_copy(struct tb_store *s, struct tb_job *j)
     struct tb_run_row run = {.id = to.run,
                              .tenant = j->copy.tenant,
                              .session_id = j->copy.session_id,
+                             .project_id = j->copy.project_id,
                              .base_model = j->ckpt.base_model,
                              .lora = j->ckpt.lora,
                              .created_us = j->ckpt.time_us,
@@ -118,6 +119,7 @@ void tb_store_copy_ckpt(struct tb_store *s, const struct tb_ckpt_copy *copy, tb_
                                     .tenant = tb_job_dup(j, copy->tenant),
                                     .run_id = tb_job_dup(j, copy->run_id),
                                     .session_id = tb_job_dup(j, copy->session_id),
+                                    .project_id = tb_job_dup(j, copy->project_id),
                                     .ttl_seconds = copy->ttl_seconds};
     j->cb.ckpt = cb;
     j->arg = arg;

@@ -277,6 +277,7 @@ int tb_run_put(struct tb_store *s, const struct tb_run_row *r, bool only_new, st
     sqlite3_bind_int(st, 14, r->corrupted);
     tb_sql_text(st, 15, r->tenant);
     sqlite3_bind_int(st, 16, only_new);
+    tb_sql_text(st, 17, r->project_id);
     return tb_sql_run(s, st, err);
 }
 
@@ -292,6 +293,7 @@ void tb_store_put_run(struct tb_store *s, const struct tb_run_row *row)
     j->run.id = tb_job_dup(j, row->id);
     j->run.tenant = tb_job_dup(j, row->tenant);
     j->run.session_id = tb_job_dup(j, row->session_id);
+    j->run.project_id = tb_job_dup(j, row->project_id);
     j->run.base_model = tb_job_dup(j, row->base_model);
     j->run.user_metadata_json = tb_job_dup(j, row->user_metadata_json);
     tb_job_submit(s, j);
@@ -308,6 +310,7 @@ static void run_from_row(struct tb_arena *a, sqlite3_stmt *st, struct tb_run_row
     r->last_request_us = sqlite3_column_int64(st, 12);
     r->corrupted = sqlite3_column_int(st, 13) != 0;
     r->tenant = tb_sql_str(a, st, 14);
+    r->project_id = tb_sql_str(a, st, 15);
 }
 
 static int last_ckpt(struct tb_store *s, struct tb_job *j, const char *run, enum tb_ckpt_kind kind,

@@ -48,17 +48,20 @@ static const char *const steps[] = {
     "CREATE INDEX runs_tenant ON runs(tenant, created_us);"
     "CREATE INDEX ckpts_tenant ON checkpoints(tenant, time_us, expires_us);"
     "PRAGMA user_version = 2;",
+    /* copies go to a project without a session */
+    "ALTER TABLE runs ADD COLUMN project_id TEXT; PRAGMA user_version = 3;",
 };
 
 #define LIVE "(expires_us = 0 OR expires_us > ?1)"
 #define RUN_COLUMNS                                                                                \
     "id, session_id, base_model, rank, alpha, has_seed, seed, train_attn, train_mlp, "             \
-    "train_unembed, user_metadata, created_us, last_request_us, corrupted, tenant"
+    "train_unembed, user_metadata, created_us, last_request_us, corrupted, tenant, project_id"
 #define SESSION_COLUMNS                                                                            \
     "id, tags, user_metadata, sdk_version, project_id, display_name, created_us, last_seen_us, "   \
     "status, finish_reason, finish_detail, tenant"
-/* a run is in its session's project */
-#define RUN_PROJECT "COALESCE((SELECT project_id FROM sessions WHERE id = session_id), 'default')"
+#define RUN_PROJECT                                                                                \
+    "COALESCE(runs.project_id, (SELECT s.project_id FROM sessions s WHERE s.id = session_id), "    \
+    "'default')"
 
 static const char *const texts[TB_SQL_N] = {
     [TB_SQL_PUT_SESSION] = "INSERT OR REPLACE INTO sessions(" SESSION_COLUMNS
@@ -84,7 +87,7 @@ static const char *const texts[TB_SQL_N] = {
                              " JOIN checkpoints c ON c.run_id = r.id WHERE r.session_id = ?1",
     [TB_SQL_PUT_RUN] =
         "INSERT INTO runs(" RUN_COLUMNS ") VALUES(?1,?2,?3,?4,?5,?6,?7,?8,?9,?10,?11,?12,?13,?14,"
-        "?15)"
+        "?15,?17)"
         " ON CONFLICT(id) DO UPDATE SET session_id = ?2, base_model = ?3, rank = ?4,"
         " alpha = ?5, has_seed = ?6, seed = ?7, train_attn = ?8, train_mlp = ?9,"
         " train_unembed = ?10, user_metadata = ?11, last_request_us = ?13,"

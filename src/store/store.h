@@ -85,6 +85,7 @@ struct tb_run_row {
     const char *id, *tenant, *session_id, *base_model;
     struct tb_lora_config lora;
     const char *user_metadata_json; /* or NULL */
+    const char *project_id;         /* NULL: its session's */
     int64_t created_us, last_request_us;
     bool corrupted;
 };
@@ -154,8 +155,8 @@ int tb_store_ckpt_dir(const struct tb_store *s, const char *path, char *out, siz
  * already is the answer: run_id identifies the request. */
 struct tb_ckpt_copy {
     const char *reader, *path;
-    const char *tenant, *run_id, *session_id;
-    int64_t ttl_seconds; /* 0 = never */
+    const char *tenant, *run_id, *session_id, *project_id; /* the last two may be NULL */
+    int64_t ttl_seconds;                                   /* 0 = never */
 };
 void tb_store_copy_ckpt(struct tb_store *s, const struct tb_ckpt_copy *copy, tb_store_ckpt_cb cb,
                         void *arg);

@@ -41,6 +41,9 @@ def test_copy_weights(service, rest, raw):
     key = {"X-Idempotency-Key": "copy-1"}
     body = {"source_path": copied, "destination_project_id": "p", "ttl_seconds": 3600}
     first = raw.post("copy_weights", body, key).json["tinker_path"]
+    runs = raw.get("training_runs?project_id=p").json
+    assert first.split("/")[2] in [r["training_run_id"] for r in runs["training_runs"]] and runs["cursor"]["total_count"] >= 1
+    assert raw.get("training_runs?project_id=nobody-s").json["cursor"]["total_count"] == 0
     assert raw.post("copy_weights", body, key).json["tinker_path"] == first
     assert raw.post("copy_weights", body, {"X-Idempotency-Key": "copy-2"}).json["tinker_path"] != first
     session = raw.create_session()

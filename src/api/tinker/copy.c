@@ -1,8 +1,7 @@
 /*
  * copy_weights: a checkpoint becomes one of a new run, without copying bytes. The run's id is made
  * from the tenant and the idempotency key, so that a repeat finds the first copy, also after a
- * restart. An access token is a key of the tenant whose checkpoint it is. The destination's project
- * means nothing, as a run without a session has none. Thread: the loop's.
+ * restart. An access token is a key of the tenant whose checkpoint it is. Thread: the loop's.
  */
 #include <string.h>
 
@@ -75,7 +74,7 @@ void tb_tinker_copy_weights(struct tb_api *a, struct tb_http_request *req,
     struct tb_json_doc doc;
     struct tb_error e = {0};
     struct tb_tinker_path parsed;
-    const char *path = NULL, *session = NULL, *ignored = NULL, *run, *reader = NULL;
+    const char *path = NULL, *session = NULL, *project = NULL, *run, *reader = NULL;
     int64_t slot = -1, ttl = 0;
     char name[17];
     (void)m;
@@ -85,7 +84,7 @@ void tb_tinker_copy_weights(struct tb_api *a, struct tb_http_request *req,
     int rc = tb_json_string(root, "source_path", true, ar, 4096, &path, &e);
     if (rc == 0) rc = tb_json_id(root, "session_id", false, ar, &session, &e);
     if (rc == 0) rc = tb_json_int(root, "model_seq_id", false, 0, INT64_MAX, &slot, &e);
-    if (rc == 0) rc = tb_json_id(root, "destination_project_id", false, ar, &ignored, &e);
+    if (rc == 0) rc = tb_json_id(root, "destination_project_id", false, ar, &project, &e);
     if (rc == 0) rc = tb_json_int(root, "ttl_seconds", false, TB_MIN_TTL, TB_MAX_TTL, &ttl, &e);
     if (rc == 0) rc = reader_of(a, req, root, &reader, &e);
     tb_json_free(&doc);
@@ -108,6 +107,7 @@ void tb_tinker_copy_weights(struct tb_api *a, struct tb_http_request *req,
                                 .tenant = tb_api_tenant(req),
                                 .run_id = run,
                                 .session_id = session,
+                                .project_id = project,
                                 .ttl_seconds = ttl};
     tb_store_copy_ckpt(tb_core_store(tb_api_core(a)), &copy, on_copied, tb_tinker_call(a, req));
 }
