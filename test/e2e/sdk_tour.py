@@ -913,6 +913,14 @@ def archive_url(t, method):
     check_archive_url(call(t.rest, method, t.path.split("/")[2], "weights/kept"))
 
 
+@feature("archive in ranges", "RestClient.get_checkpoint_archive_url")
+def archive_ranges(t, _):
+    url = settle(t.rest.get_checkpoint_archive_url(t.path.split("/")[2], "weights/kept")).url
+    part = urllib.request.Request(url, headers={"Range": "bytes=257-261"})
+    with urllib.request.urlopen(part, timeout=60) as file:
+        assert file.status == 206 and file.read() == b"ustar"
+
+
 @methods("RestClient.get_checkpoint_archive_url_from_tinker_path", "RestClient.get_checkpoint_archive_url_from_tinker_path_async")
 def archive_url_by_path(t, method):
     check_archive_url(call(t.rest, method, t.path))
