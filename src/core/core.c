@@ -126,6 +126,13 @@ void tb_core_compute_stats(const struct tb_core *c, struct tb_compute_stats *out
                                      .kv_preempted = e.kv.n_preempted,
                                      .prompt_tokens = e.kv.n_lookup_tokens,
                                      .prompt_hit_tokens = e.kv.n_hit_tokens,
+                                     .memory_limit = e.memory.limit,
+                                     .adapters = e.memory.n_adapters,
+                                     .adapters_out = e.memory.adapters_out,
+                                     .versions = e.memory.n_versions,
+                                     .versions_out = e.memory.versions_out,
+                                     .page_ins = e.memory.page_ins,
+                                     .page_outs = e.memory.page_outs,
                                      .busy_us = e.busy_us};
     static const char *const kinds[] = {
         [TB_WORK_TRAIN] = "train", [TB_WORK_SAMPLE] = "sample", [TB_WORK_OTHER] = "other"};
@@ -134,6 +141,14 @@ void tb_core_compute_stats(const struct tb_core *c, struct tb_compute_stats *out
         out->queues[i] = (struct tb_queue_stats){kinds[i], w->waiting, w->running,
                                                  w->begun, w->wait_us, w->wait_us_max};
     }
+    const struct tb_memory_stats *m = &e.memory;
+    const struct tb_memory_use use[] = {{"weights", m->weights},       {"adapters", m->adapters},
+                                        {"versions", m->versions},     {"kv", m->kv},
+                                        {"workspaces", m->workspaces}, {"other", m->used}};
+    _Static_assert(TB_ARRAY_LEN(use) == TB_N_MEMORY, "all kinds of memory");
+    memcpy(out->memory, use, sizeof(use));
+    for (int i = 0; i < TB_N_MEMORY - 1; i++)
+        out->memory[TB_N_MEMORY - 1].bytes -= use[i].bytes;
 }
 
 _Static_assert(TB_N_QUEUES == TB_N_WORKS, "a queue for each kind of work");

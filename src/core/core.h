@@ -234,6 +234,11 @@ struct tb_queue_stats {
     uint64_t begun, wait_us, wait_us_max; /* begun, and their time in the queue */
 };
 #define TB_N_QUEUES 3
+struct tb_memory_use {
+    const char *kind; /* "weights", "adapters", "versions", "kv", "workspaces", "other" */
+    uint64_t bytes;
+};
+#define TB_N_MEMORY 6
 struct tb_compute_stats {
     uint64_t train_tokens;
     uint64_t sample_positions; /* of prompts and of what was sampled, without what a cache held */
@@ -242,6 +247,10 @@ struct tb_compute_stats {
     struct tb_queue_stats queues[TB_N_QUEUES];
     uint64_t kv_pages, kv_free, kv_cached, kv_preempted;
     uint64_t prompt_tokens, prompt_hit_tokens; /* of samples that began; of these found in pages */
+    uint64_t memory_limit;
+    struct tb_memory_use memory[TB_N_MEMORY]; /* that counts against the limit, now */
+    uint64_t adapters, adapters_out, versions, versions_out; /* alive; of these in files */
+    uint64_t page_ins, page_outs;                            /* reads and writes of these files */
     uint64_t busy_us;
 };
 void tb_core_compute_stats(const struct tb_core *c, struct tb_compute_stats *out);

@@ -89,6 +89,7 @@ static int eval_graph(struct tb_datum_run *r, float *g, struct tb_error *err)
                                .n = r->in->n,
                                .k = r->in->k,
                                .two_d = r->in->two_d,
+                               .be = op->adapter->m->be,
                                .metrics = op->one,
                                .d_logprobs = op->backward ? g : NULL};
     int rc = tb_graph_eval(op->graph, &run, err);

@@ -349,6 +349,7 @@ struct batch {
     int n_parts;
     int ru;
     bool backward;
+    bool any_graph; /* some op has a custom loss */
     int max_rows;
 };
 
@@ -377,10 +378,10 @@ static int choose_kind(const struct batch *b, int T, size_t room, size_t *need)
     return *need <= most ? TB_PASS_INFER : -1;
 }
 
-/* Whether there is memory for t and a micro-batch of T rows beside what is held. */
-static bool fits(const struct batch *b, const struct tb_training *t, int T)
+/* Whether there is memory for t and a micro-batch of T rows beside what is held and `spare`. */
+static bool fits(const struct batch *b, const struct tb_training *t, int T, size_t spare)
 {
-    size_t room = tb_backend_room(b->m->be), own = hold_bytes(t), need;
+    size_t room = tb_backend_room(b->m->be), own = hold_bytes(t) + spare, need;
     if (room == SIZE_MAX) return true;
     return own <= room && choose_kind(b, T, room - own, &need) >= 0;
 }
@@ -422,8 +423,10 @@ static int add_datum(struct batch *b, struct micro *mb, struct tb_training *t, s
 {
     int index = t->n_begun++, n = t->inputs[index].n, rc = 0;
     struct tb_error e = {0};
-    if (mb->n && (mb->T + n > b->max_rows || !fits(b, t, mb->T + n))) rc = flush(b, mb, err);
-    if (!mb->n && !fits(b, t, n)) release_all(b); /* held from micro-batches before */
+    /* What a custom loss takes is known when it runs: without much room its data run alone. */
+    size_t spare = b->any_graph ? TB_GRAPH_MAX_BYTES : 0;
+    if (mb->n && (mb->T + n > b->max_rows || !fits(b, t, mb->T + n, spare))) rc = flush(b, mb, err);
+    if (!mb->n && !fits(b, t, n, spare)) release_all(b); /* held from micro-batches before */
     if (!rc && !t->failed && hold(t, &e)) tb_train_fail(t, e.code, "%s", e.msg);
     if (rc || t->failed) return rc;
     if (mb->n == mb->cap) {
@@ -449,6 +452,7 @@ static int run_parts(struct tb_model *m, const struct tb_train_part *parts, int 
         const struct tb_training *t = parts[i].training;
         if (t->backward != backward || t->failed) continue;
         b.ru = TB_MAX(b.ru, t->adapter->layout->config.rank);
+        b.any_graph |= t->graph != NULL;
         any = true;
     }
     if (!any) return 0;

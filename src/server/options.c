@@ -308,7 +308,9 @@ static const struct option_row {
      "type of weights and products (default auto: bf16 where the CPU has AVX-512 BF16,\n"
      "else f32)"},
     {"--threads", "N", set_threads, "computing threads (default: all cores)"},
-    {"--memory", "BYTES", set_memory, "memory to stay within, as 12G (default: what is there)"},
+    {"--memory", "BYTES", set_memory,
+     "memory to stay within, as 12G; idle adapters go to files when it is short (default: nine "
+     "tenths of what is there)"},
     {"--max-rank", "N", set_max_rank, "largest LoRA rank (default 256)"},
     {"--max-context", "N", set_max_context, "longest sequence (default: the model's own)"},
     {"--max-body", "BYTES", set_max_body, "largest request body (default 256M)"},

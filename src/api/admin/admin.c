@@ -98,6 +98,19 @@ static void put_compute(struct tb_buf *b, const struct tb_core *core)
     put_counter(b, "prompt_tokens_total", "Tokens of prompts that were begun.", s.prompt_tokens);
     put_counter(b, "prompt_cache_hit_tokens_total", "Of these, found in the KV cache.",
                 s.prompt_hit_tokens);
+    put_gauge(b, "memory_limit_bytes", "What the models may take (--memory).", s.memory_limit);
+    put_type(b, "memory_bytes", "gauge", "What they take, by kind.");
+    for (int i = 0; i < TB_N_MEMORY; i++)
+        tb_buf_printf(b, "tinkerbell_memory_bytes{kind=\"%s\"} %llu\n", s.memory[i].kind,
+                      (unsigned long long)s.memory[i].bytes);
+    put_gauge(b, "adapters", "Adapters of models.", s.adapters);
+    put_gauge(b, "adapters_paged_out", "Of these, in files since memory was short.",
+              s.adapters_out);
+    put_gauge(b, "versions", "Versions of adapters' weights, the current ones included.",
+              s.versions);
+    put_gauge(b, "versions_paged_out", "Of these, not in memory.", s.versions_out);
+    put_counter(b, "page_ins_total", "Reads of such files.", s.page_ins);
+    put_counter(b, "page_outs_total", "Writes of such files.", s.page_outs);
     put_type(b, "busy_seconds_total", "counter", "Time spent computing, summed over models.");
     tb_buf_printf(b, "tinkerbell_busy_seconds_total");
     put_seconds(b, s.busy_us);

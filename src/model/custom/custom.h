@@ -141,6 +141,8 @@ struct tb_grun {
     const struct tb_graph *graph;
     struct tb_arena arena;
     size_t bytes, max_bytes;
+    struct tb_backend *be; /* or NULL */
+    size_t charged;        /* of bytes, to be */
     uint64_t work, max_work;
     struct tb_gvalue *values; /* of the nodes so far */
     int node;                 /* being evaluated */

@@ -9,8 +9,11 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "backend/backend.h"
 #include "model/custom/custom.h"
 #include "util/mem.h"
+
+#define CHARGE_BYTES ((size_t)64 << 10)
 
 int tb_gfail(struct tb_grun *r, int code, const char *fmt, ...)
 {
@@ -25,6 +28,20 @@ int tb_gfail(struct tb_grun *r, int code, const char *fmt, ...)
     return r->rc;
 }
 
+/* Counts bytes in all against the backend's limit, some ahead. */
+static int charge(struct tb_grun *r, size_t bytes)
+{
+    if (!r->be || bytes <= r->charged) return 0;
+    size_t more = TB_MAX(bytes - r->charged, CHARGE_BYTES);
+    struct tb_error e;
+    if (tb_backend_charge(r->be, more)) {
+        r->charged += more;
+        return 0;
+    }
+    tb_backend_no_memory(r->be, &e, more, "its values");
+    return tb_gfail(r, TB_ENOMEM, "%s", e.msg);
+}
+
 void *tb_galloc(struct tb_grun *r, int64_t n, size_t size)
 {
     size_t bytes;
@@ -34,6 +51,7 @@ void *tb_galloc(struct tb_grun *r, int64_t n, size_t size)
                  r->max_bytes >> 20);
         return NULL;
     }
+    if (charge(r, r->bytes + bytes)) return NULL;
     void *p = tb_arena_try_alloc(&r->arena, bytes);
     r->bytes += bytes;
     if (!p) tb_gfail(r, TB_ENOMEM, "no memory for %zu bytes", bytes);
@@ -231,7 +249,7 @@ static uint64_t work_for(uint64_t n)
 
 int tb_graph_eval(const struct tb_graph *g, struct tb_graph_run *run, struct tb_error *err)
 {
-    struct tb_grun r = {.graph = g, .err = err};
+    struct tb_grun r = {.graph = g, .err = err, .be = run->be};
     r.max_bytes = run->max_bytes ? run->max_bytes : TB_GRAPH_MAX_BYTES;
     r.max_work = run->max_work ? run->max_work : work_for((uint64_t)run->n * (uint64_t)run->k);
     tb_arena_init(&r.arena);
@@ -242,5 +260,6 @@ int tb_graph_eval(const struct tb_graph *g, struct tb_graph_run *run, struct tb_
     if (!r.rc) take_metrics(&r, run);
     if (!r.rc && run->d_logprobs) go_back(&r, run);
     tb_arena_fini(&r.arena);
+    if (r.be) tb_backend_uncharge(r.be, r.charged);
     return r.rc;
 }

@@ -50,8 +50,9 @@ struct tb_graph_run {
     const float *logprobs; /* [n], or [n, k] when two_d */
     int n, k;
     bool two_d;
-    size_t max_bytes;  /* 0: TB_GRAPH_MAX_BYTES */
-    uint64_t max_work; /* 0: by the number of logprobs, up to TB_GRAPH_MAX_WORK */
+    struct tb_backend *be; /* whose limit the memory counts against; NULL: nobody's */
+    size_t max_bytes;      /* 0: TB_GRAPH_MAX_BYTES */
+    uint64_t max_work;     /* 0: by the number of logprobs, up to TB_GRAPH_MAX_WORK */
     /* results */
     double loss;
     double *metrics;   /* [tb_graph_n_metrics], the caller's */

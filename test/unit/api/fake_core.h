@@ -218,6 +218,10 @@ void tb_core_compute_stats(const struct tb_core *c, struct tb_compute_stats *out
 {
     (void)c;
     *out = (struct tb_compute_stats){.sampled_tokens = 11, .busy_us = 2500000};
+    static const char *const kinds[] = {"weights", "adapters",   "versions",
+                                        "kv",      "workspaces", "other"};
+    for (int i = 0; i < TB_N_MEMORY; i++)
+        out->memory[i] = (struct tb_memory_use){kinds[i], (uint64_t)i};
 }
 
 struct tb_store *tb_core_store(struct tb_core *c)

@@ -134,6 +134,38 @@ static void fails(struct tb_model *m, struct tb_op *op, const struct tb_graph *g
     tb_adapter_free(a);
 }
 
+/* What an evaluation takes counts against the limit while it runs. */
+static void test_memory(void **state)
+{
+    (void)state;
+    struct tb_graph *g = graph_of(coupled);
+    struct tb_op *op = custom_op(&shapes[0], 1, true);
+    const struct tb_datum *d = &op->u.forward_backward.data[0];
+    struct tb_backend be = {.mem_limit = 1 << 20, .mem_used = 100};
+    float logprobs[70], derivative[70];
+    double metrics[2];
+    struct tb_error err;
+    for (int i = 0; i < 70; i++)
+        logprobs[i] = -1 - (float)i / 64;
+    struct tb_graph_run run = {.datum = d,
+                               .logprobs = logprobs,
+                               .n = d->n_tokens,
+                               .k = 1,
+                               .be = &be,
+                               .metrics = metrics,
+                               .d_logprobs = derivative};
+    assert_int_equal(d->n_tokens, 70);
+    CHECK_OK(tb_graph_eval(g, &run, &check_err));
+    assert_int_equal(be.mem_used, 100);
+    be.mem_used = be.mem_limit - 100;
+    assert_int_equal(tb_graph_eval(g, &run, &err), TB_ENOMEM);
+    if (!strstr(err.msg, "its values need 0.1 MiB; 0.0 MiB of the limit of 1.0 MiB are free"))
+        fail_msg("%s", err.msg);
+    assert_int_equal(be.mem_used, be.mem_limit - 100);
+    tb_op_destroy(op);
+    tb_graph_destroy(g);
+}
+
 static void test_failures(void **state)
 {
     (void)state;
@@ -173,6 +205,7 @@ int main(void)
         cmocka_unit_test(test_equals_built_in),
         cmocka_unit_test(test_batch_mates),
         cmocka_unit_test(test_failures),
+        cmocka_unit_test(test_memory),
     };
     return cmocka_run_group_tests(tests, NULL, stop);
 }
