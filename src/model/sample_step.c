@@ -362,7 +362,7 @@ static void share_rows(struct step *st)
 {
     bool no_room = false;
     qsort(st->fills, (size_t)st->n_fills, sizeof(*st->fills), by_tenant);
-    st->turns = tb_calloc((size_t)TB_MAX(st->n_fills, 1), sizeof(*st->turns));
+    st->turns = tb_calloc((size_t)st->n_fills, sizeof(*st->turns));
     for (int i = 0; i < st->n_fills; i++) {
         struct turn *last = st->n_turns ? &st->turns[st->n_turns - 1] : NULL;
         if (!last || tenant_of(last->next->q) != tenant_of(st->fills[i].q)) {
@@ -392,7 +392,7 @@ static void choose(struct step *st)
 {
     for_each_open(st, add_decode);
     for_each_open(st, add_fill);
-    share_rows(st);
+    if (st->n_fills) share_rows(st);
     for (int i = 0; i < st->n_fills; i++)
         if (st->fills[i].n) add_entry(st, st->fills[i].q, st->fills[i].n);
 }

@@ -95,7 +95,8 @@ static void pause_at_gate(void)
 
 static void note_start(int64_t seq)
 {
-    if (seq < FAKE_MAX_SEQ && fake_first_step[seq] < 0) fake_first_step[seq] = fake_steps;
+    if (seq >= 0 && seq < FAKE_MAX_SEQ && fake_first_step[seq] < 0)
+        fake_first_step[seq] = fake_steps;
 }
 
 static void record(enum fake_event_kind kind, int n, int64_t first_seq)
