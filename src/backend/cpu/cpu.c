@@ -54,6 +54,7 @@ void *tb_scratch_get(struct tb_scratch *s, size_t bytes)
     if (bytes <= s->bytes) return s->p;
     tb_cpu_free(s->p);
     size_t want = bytes + bytes / 4;
+    __atomic_fetch_add(&s->be->mem_used, want - s->bytes, __ATOMIC_RELAXED);
     s->p = tb_cpu_alloc(want);
     if (!s->p) {
         fprintf(stderr, "tinkerbell: no memory for %zu bytes of scratch\n", want);
@@ -233,6 +234,10 @@ int tb_backend_cpu_create(struct tb_backend **out, const struct tb_backend_optio
     c->be.mem_limit = options ? options->mem_limit : 0;
     if (c->be.n_threads > 256) c->be.n_threads = 256;
     c->own = calloc((size_t)c->be.n_threads, sizeof(*c->own));
+    for (int i = 0; c->own && i < c->be.n_threads; i++)
+        c->own[i].be = &c->be;
+    for (size_t i = 0; i < sizeof(c->shared) / sizeof(c->shared[0]); i++)
+        c->shared[i].be = &c->be;
     c->team = c->own ? tb_team_create(c->be.n_threads) : NULL;
     if (!c->team) {
         cpu_destroy(&c->be);

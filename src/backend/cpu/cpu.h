@@ -20,6 +20,7 @@ enum tb_isa { TB_ISA_PLAIN, TB_ISA_AVX2, TB_ISA_AVX512, TB_ISA_AVX512_BF16 };
 struct tb_scratch {
     void *p;
     size_t bytes;
+    struct tb_backend *be; /* counts it */
 };
 
 struct tb_cpu {
@@ -97,8 +98,9 @@ TB_K_TABLES(bf16)
 /* Whether the instruction set of that name (NULL = the best here) has bf16 products. */
 bool tb_cpu_has_bf16(const char *isa);
 
-/* At least that many bytes of scratch memory, contents undefined; aborts when there is none
- * (scratch is small beside what the caller has counted). */
+/* At least that many bytes of scratch memory, contents undefined; aborts when there is none. Growth
+ * counts as memory in use, but is never refused: it is small beside what the caller has counted,
+ * and what is allocated next makes room for both. Any thread of the team. */
 void *tb_scratch_get(struct tb_scratch *s, size_t bytes);
 
 /* 64-byte aligned, huge pages for big blocks; NULL when there is none left. */

@@ -12,6 +12,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "backend/cpu/cpu.h"
 #include "model/pass.h"
 #include "util/mem.h"
 
@@ -39,6 +40,34 @@ static size_t full_bytes(const struct tb_adapter *a)
     return 5 * tb_adapter_flat_bytes(a) + tb_version_bytes(a->cur);
 }
 
+/* The kernels' own memory grows to what it will be. */
+static void warm_up(struct tb_model *m)
+{
+    struct tb_adapter *a = random_adapter(m, 7, 1, 0.1f), *as[N_ADAPTERS];
+    struct tb_op *ops[N_ADAPTERS];
+    for (int i = 0; i < N_ADAPTERS; i++) {
+        as[i] = a;
+        ops[i] = batch_op(SHAPE, 1, true, i % 2);
+    }
+    run_ops(m, as, ops, N_ADAPTERS);
+    for (int i = 0; i < N_ADAPTERS; i++)
+        tb_op_destroy(ops[i]);
+    tb_adapter_free(a);
+    tb_model_free_workspaces(m);
+}
+
+static size_t scratch_bytes(struct tb_backend *be)
+{
+    const struct tb_cpu *c = tb_cpu(be);
+    size_t n = 0;
+    for (size_t i = 0; i < TB_ARRAY_LEN(c->shared); i++)
+        n += c->shared[i].bytes;
+    for (int i = 0; i < be->n_threads; i++)
+        n += c->own[i].bytes;
+    assert_true(n > 0);
+    return n;
+}
+
 /* dtype: f32 or bf16. Memory for `adapters` of the largest beside a pass over the longest datum. */
 static void open_pair(struct pair *p, const char *dtype, double adapters)
 {
@@ -55,6 +84,7 @@ static void open_pair(struct pair *p, const char *dtype, double adapters)
         CHECK_OK(tb_model_prepare_bwd(p->m[k], &check_err));
     }
     struct tb_backend *be = p->be[1];
+    warm_up(p->m[1]);
     size_t base = be->mem_used;
     for (int i = 0; i < N_ADAPTERS; i++) {
         for (int k = 0; k < 2; k++)
@@ -79,7 +109,7 @@ static void close_pair(struct pair *p)
                   (unsigned long long)st.page_ins);
     tb_pager_destroy(p->pager); /* removes its folder, which is empty */
     assert_int_equal(access(p->dir, F_OK), -1);
-    assert_int_equal(p->be[1]->mem_used, 0);
+    assert_int_equal(p->be[1]->mem_used, scratch_bytes(p->be[1]));
     for (int k = 0; k < 2; k++)
         p->be[k]->ops->destroy(p->be[k]);
 }
