@@ -9,12 +9,14 @@
 #include "api/internal.h"
 #include "api/llm/llm.h"
 #include "api/tinker/tinker.h"
+#include "api/tinkerbell/tinkerbell.h"
 #include "util/clock.h"
 #include "util/log.h"
 #include "util/mem.h"
 
-static const struct tb_face *const FACES[] = {&tb_face_tinker, &tb_face_openai, &tb_face_ollama,
-                                              &tb_face_llamacpp, &tb_face_admin};
+static const struct tb_face *const FACES[] = {&tb_face_tinkerbell, &tb_face_tinker,
+                                              &tb_face_openai,     &tb_face_ollama,
+                                              &tb_face_llamacpp,   &tb_face_admin};
 
 struct tb_api_own_route {
     struct tb_api_own_route *next;
@@ -42,6 +44,7 @@ static void finish(struct tb_api *a)
         tb_free(r);
     }
     tb_tinker_downloads_fini(a);
+    tb_bell_destroy(a->bell);
     tb_llm_models_destroy(a->llm);
     tb_arena_fini(&a->strings);
     tb_free(a);
@@ -62,6 +65,7 @@ int tb_api_create(struct tb_api **out, uv_loop_t *loop, struct tb_core *core,
     a->o.version = keep(a, o->version ? o->version : "0");
     tb_map_init(&a->downloads);
     tb_list_init(&a->downloads_by_age);
+    tb_bell_create(a);
     int rc = tb_api_keys_init(a, o->api_keys, o->n_api_keys, err);
     if (!rc) rc = tb_llm_models_create(a, o->renderers, err);
     if (rc) {
@@ -133,7 +137,7 @@ uv_loop_t *tb_api_loop(struct tb_api *a)
 
 /* ---- dispatch */
 
-static const char *method_name(enum tb_http_method m)
+const char *tb_api_method_name(enum tb_http_method m)
 {
     static const char *const names[] = {
         [TB_HTTP_GET] = "GET",         [TB_HTTP_HEAD] = "HEAD",     [TB_HTTP_POST] = "POST",
@@ -141,6 +145,11 @@ static const char *method_name(enum tb_http_method m)
         [TB_HTTP_OPTIONS] = "OPTIONS",
     };
     return (size_t)m < TB_ARRAY_LEN(names) && names[m] ? names[m] : "this method";
+}
+
+const struct tb_face *tb_api_face(int i)
+{
+    return i < (int)TB_ARRAY_LEN(FACES) ? FACES[i] : NULL;
 }
 
 static void refuse_route(struct tb_http_request *req, unsigned allowed)
@@ -154,7 +163,7 @@ static void refuse_route(struct tb_http_request *req, unsigned allowed)
     char list[64] = "";
     size_t n = 0;
     for (unsigned m = 0; m < 32; m++) {
-        const char *name = method_name((enum tb_http_method)m);
+        const char *name = tb_api_method_name((enum tb_http_method)m);
         size_t len = strlen(name);
         if (!(allowed & (1u << m)) || n + len + 3 > sizeof(list)) continue;
         if (n) {
@@ -168,7 +177,7 @@ static void refuse_route(struct tb_http_request *req, unsigned allowed)
     struct tb_json_out j;
     char text[320];
     snprintf(text, sizeof(text), "%s is not allowed on %.*s (allowed: %s)",
-             method_name(req->method), (int)TB_MIN(req->path.n, 150), req->path.p, list);
+             tb_api_method_name(req->method), (int)TB_MIN(req->path.n, 150), req->path.p, list);
     tb_api_answer_begin(&b, &j);
     tb_jout_str(&j, "detail", text);
     tb_jout_str(&j, "message", text);
@@ -205,6 +214,7 @@ void tb_api_handle(void *api, struct tb_http_request *req)
                 allowed |= 1u << r->method;
                 continue;
             }
+            if (r->ours && !r->ours(req)) continue;
             if (!r->open && !tb_api_authorize(a, req))
                 tb_api_refuse_key(req, FACES[f]);
             else

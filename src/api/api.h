@@ -57,6 +57,8 @@ struct tb_route {
     const char *pattern; /* "/api/v1/training_runs/{}/checkpoints/{}/{}"; {*}: all the rest */
     void (*handle)(struct tb_api *a, struct tb_http_request *req, const struct tb_route_match *m);
     bool open; /* no API key needed */
+    /* On a path that faces share: is this request ours? NULL: all are. Reads it only. */
+    bool (*ours)(const struct tb_http_request *req);
 };
 struct tb_face {
     const char *name;

@@ -22,6 +22,7 @@
 struct tb_api_own_route; /* an embedder's */
 struct tb_api_key;       /* key.c */
 struct tb_llm_models;
+struct tb_bell;
 
 struct tb_api {
     uv_loop_t *loop;
@@ -34,6 +35,7 @@ struct tb_api {
     int n_keys;
     struct tb_tenant *everyone; /* when there are no keys */
     int64_t started_us;
+    struct tb_bell *bell;      /* the Tinkerbell face's */
     struct tb_llm_models *llm; /* what the faces for text know of the models */
     struct tb_map downloads;   /* token → struct tb_download (rest_external.c) */
     struct tb_list downloads_by_age;
@@ -71,6 +73,10 @@ static inline const char *tb_api_tenant(const struct tb_http_request *req)
     return tb_tenant_name(req->client);
 }
 
+/* The faces by number, in order; NULL beyond the last. */
+const struct tb_face *tb_api_face(int i);
+const char *tb_api_method_name(enum tb_http_method m);
+
 /* Does `path` match a pattern of the route table? Parameters are spans of path. */
 bool tb_route_match_path(const char *pattern, struct tb_span path, struct tb_route_match *m);
 
@@ -105,6 +111,7 @@ const char *tb_api_idempotency_key(struct tb_http_request *req);
 extern const struct tb_face tb_face_tinker;
 extern const struct tb_face tb_face_admin;
 extern const struct tb_face tb_face_openai;
+extern const struct tb_face tb_face_tinkerbell;
 extern const struct tb_face tb_face_ollama;
 extern const struct tb_face tb_face_llamacpp;
 

@@ -76,6 +76,7 @@ struct tb_session_params {
     const char *tags_json, *user_metadata_json; /* JSON texts or NULL */
     const char *sdk_version, *project_id, *display_name;
     const char *idempotency_key; /* or NULL: the same key gives the same session */
+    bool lasting;                /* of a face: silence does not end it */
 };
 int tb_core_create_session(struct tb_core *c, struct tb_tenant *who,
                            const struct tb_session_params *p, const char **id,

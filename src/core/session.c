@@ -23,6 +23,7 @@ struct tb_core_session *tb_session_create(struct tb_core *c, struct tb_tenant *w
     s->lease_ms = c->o.session_lease_ms;
     if (anonymous && __builtin_mul_overflow(s->lease_ms, TB_ANON_LEASE_FACTOR, &s->lease_ms))
         s->lease_ms = UINT64_MAX;
+    if (p && p->lasting) s->lease_ms = UINT64_MAX;
     s->seen_ms = tb_clock_ms();
     s->next_spare = TB_FIRST_SPARE;
     tb_list_init(&s->futures);

@@ -33,18 +33,18 @@ struct tb_vocab;
  * milliseconds for 150,000 tokens). TB_EUNSUPPORTED: a byte that is no token of its own. */
 int tb_vocab_create(const struct tb_tokenizer *t, int32_t n_tokens, struct tb_vocab **out,
                     struct tb_error *err);
-void tb_vocab_destroy(struct tb_vocab *v); /* accepts NULL; after the grammars that use it */
+void tb_vocab_unref(struct tb_vocab *v); /* accepts NULL; grammars hold references of their own */
 int32_t tb_vocab_size(const struct tb_vocab *v);
 
 /* ---- grammar */
 struct tb_grammar;
 /* Any JSON object. */
-int tb_grammar_create_json(const struct tb_vocab *v, struct tb_grammar **out, struct tb_error *err);
+int tb_grammar_create_json(struct tb_vocab *v, struct tb_grammar **out, struct tb_error *err);
 /* What the schema (JSON text) describes. TB_EINVAL and TB_EUNSUPPORTED name the place and the
  * keyword: what is known and cannot be enforced is refused; annotations (title, description,
  * default, ...) and unknown keys are ignored. Objects have their members in the schema's order. */
-int tb_grammar_create_schema(const struct tb_vocab *v, struct tb_span schema,
-                             struct tb_grammar **out, struct tb_error *err);
+int tb_grammar_create_schema(struct tb_vocab *v, struct tb_span schema, struct tb_grammar **out,
+                             struct tb_error *err);
 void tb_grammar_ref(struct tb_grammar *g);
 void tb_grammar_unref(struct tb_grammar *g); /* accepts NULL */
 

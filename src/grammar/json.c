@@ -149,7 +149,7 @@ void tb_json_rules_make(struct tb_grammar *g, struct tb_json_rules *r)
     tb_rule_define(g, r->value, v);
 }
 
-int tb_grammar_create_json(const struct tb_vocab *v, struct tb_grammar **out, struct tb_error *err)
+int tb_grammar_create_json(struct tb_vocab *v, struct tb_grammar **out, struct tb_error *err)
 {
     struct tb_grammar *g;
     struct tb_json_rules r;

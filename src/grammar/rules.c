@@ -5,10 +5,11 @@
 
 #include <string.h>
 
-int tb_rules_create(const struct tb_vocab *v, struct tb_grammar **out)
+int tb_rules_create(struct tb_vocab *v, struct tb_grammar **out)
 {
     struct tb_grammar *g = tb_calloc(1, sizeof(*g));
     atomic_init(&g->refs, 1);
+    atomic_fetch_add_explicit(&v->refs, 1, memory_order_relaxed);
     g->vocab = v;
     g->cap_nodes = 64;
     g->nodes = tb_calloc(g->cap_nodes, sizeof(*g->nodes));
@@ -32,6 +33,7 @@ void tb_rules_destroy(struct tb_grammar *g)
     tb_free(g->queue.p);
     tb_free(g->masks);
     tb_free(g->path);
+    tb_vocab_unref(g->vocab);
     tb_free(g);
 }
 

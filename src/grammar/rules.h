@@ -71,7 +71,7 @@ struct tb_u32s {
 
 struct tb_grammar {
     _Atomic int refs;
-    const struct tb_vocab *vocab;
+    struct tb_vocab *vocab;
     bool failed; /* memory ran out, or a limit was met */
 
     struct tb_node *nodes;
@@ -101,7 +101,7 @@ struct tb_grammar {
 };
 
 /* ---- rules.c. Building never fails visibly: it sets g->failed, which tb_rules_finish reports. */
-int tb_rules_create(const struct tb_vocab *v, struct tb_grammar **out);
+int tb_rules_create(struct tb_vocab *v, struct tb_grammar **out);
 void tb_rules_destroy(struct tb_grammar *g);
 uint32_t tb_rule_set(struct tb_grammar *g, struct tb_byte_set s);
 uint32_t tb_rule_range(struct tb_grammar *g, unsigned lo, unsigned hi);
@@ -126,6 +126,7 @@ uint32_t tb_states_step(struct tb_grammar *g, uint32_t state, unsigned char byte
 
 /* ---- vocab.c */
 struct tb_vocab {
+    _Atomic int refs;
     const struct tb_tokenizer *t;
     int32_t n;      /* columns */
     int32_t n_text; /* tokens with bytes */

@@ -592,8 +592,8 @@ static int compile(struct schema *s, const struct tb_json *at, uint32_t *out)
     return compile_any_of(s, &v, out);
 }
 
-int tb_grammar_create_schema(const struct tb_vocab *v, struct tb_span schema,
-                             struct tb_grammar **out, struct tb_error *err)
+int tb_grammar_create_schema(struct tb_vocab *v, struct tb_span schema, struct tb_grammar **out,
+                             struct tb_error *err)
 {
     struct schema s = {.err = err};
     uint32_t root;

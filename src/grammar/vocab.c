@@ -39,6 +39,7 @@ int tb_vocab_create(const struct tb_tokenizer *t, int32_t n_tokens, struct tb_vo
     struct tb_vocab *v = tb_try_calloc(1, sizeof(*v));
     int rc = TB_ENOMEM;
     if (!e || !v) goto out;
+    atomic_init(&v->refs, 1);
     for (int32_t id = 0; id < n_known; id++) {
         struct tb_span s;
         if (tb_tokenizer_is_special(t, id) || tb_tokenizer_token_bytes(t, id, &s) || s.n == 0 ||
@@ -71,7 +72,7 @@ int tb_vocab_create(const struct tb_tokenizer *t, int32_t n_tokens, struct tb_vo
 out:
     tb_free(e);
     if (rc) {
-        tb_vocab_destroy(v);
+        tb_vocab_unref(v);
         return rc == TB_ENOMEM
                    ? tb_error_set(err, rc, "no memory for the order of %d tokens", (int)n_known)
                    : rc;
@@ -80,9 +81,9 @@ out:
     return 0;
 }
 
-void tb_vocab_destroy(struct tb_vocab *v)
+void tb_vocab_unref(struct tb_vocab *v)
 {
-    if (!v) return;
+    if (!v || atomic_fetch_sub_explicit(&v->refs, 1, memory_order_acq_rel) != 1) return;
     tb_free(v->order);
     tb_free(v->shared);
     tb_free(v);

@@ -70,7 +70,7 @@ static int decode_prompt(struct tb_llm *l, const struct tb_json *v, struct tb_ll
                          struct tb_error *err)
 {
     if (tb_json_is_string(v)) {
-        p->text = tb_llm_span(l, v);
+        p->text = tb_llm_span(&l->arena, v);
         return 0;
     }
     if (!tb_json_is_array(v) || tb_json_len(v) == 0)

@@ -195,11 +195,11 @@ int tb_llm_int32(const struct tb_json *obj, const char *key, int32_t min, int32_
 int tb_llm_logit_bias(struct tb_llm *l, const struct tb_json *obj, const char *key,
                       struct tb_error *err);
 /* [{role, content: text or [{type: text, text}]}] */
-int tb_llm_messages(struct tb_llm *l, const struct tb_json *list, struct tb_llm_prompt *p,
-                    struct tb_error *err);
+int tb_llm_messages(struct tb_arena *a, const struct tb_json *list, struct tb_chat_message **out,
+                    size_t *n, struct tb_error *err);
 /* TB_EUNSUPPORTED when the field is there with another value than null, false, 0, "" or empty. */
 int tb_llm_refuse(const struct tb_json *obj, const char *const *keys, size_t n,
                   struct tb_error *err);
-struct tb_span tb_llm_span(struct tb_llm *l, const struct tb_json *text); /* a string's bytes */
+struct tb_span tb_llm_span(struct tb_arena *a, const struct tb_json *text); /* a string's bytes */
 
 #endif

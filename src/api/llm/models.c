@@ -76,7 +76,7 @@ void tb_llm_models_destroy(struct tb_llm_models *l)
             tb_grammar_unref(k->kept[j].g.g);
             tb_free(k->kept[j].schema);
         }
-        tb_vocab_destroy(k->vocab);
+        tb_vocab_unref(k->vocab);
         uv_mutex_destroy(&k->lock);
         tb_free(k);
     }

@@ -129,12 +129,12 @@ static int decode_generate(struct tb_llm *l, const struct tb_json *root, struct 
     if (tb_json_find(root, "prompt", &prompt)) {
         if (!tb_json_is_string(&prompt))
             return tb_json_fail(&prompt, err, TB_EINVAL, "is not a string");
-        text = tb_llm_span(l, &prompt);
+        text = tb_llm_span(&l->arena, &prompt);
     }
     if (tb_json_find(root, "system", &system)) {
         if (!tb_json_is_string(&system))
             return tb_json_fail(&system, err, TB_EINVAL, "is not a string");
-        sys = tb_llm_span(l, &system);
+        sys = tb_llm_span(&l->arena, &system);
     }
     *empty = text.n == 0;
     if (raw) {
@@ -172,7 +172,9 @@ static int decode(struct tb_llm *l, const struct tb_json *root, struct tb_error 
         rc = decode_generate(l, root, l->prompts, &empty, err);
     } else {
         empty = !tb_json_find(root, "messages", &messages) || tb_json_len(&messages) == 0;
-        if (!empty) rc = tb_llm_messages(l, &messages, l->prompts, err);
+        if (!empty)
+            rc = tb_llm_messages(&l->arena, &messages, &l->prompts->messages,
+                                 &l->prompts->n_messages, err);
     }
     if (rc == 0 && empty) {
         own->done_reason = asks_unload(root) ? "unload" : "load";

@@ -111,7 +111,8 @@ static int decode_chat(struct tb_llm *l, const struct tb_json *root, struct tb_e
     if (rc) return rc;
     l->prompts = tb_arena_calloc(&l->arena, 1, sizeof(*l->prompts));
     l->n_prompts = 1;
-    if ((rc = tb_llm_messages(l, &messages, l->prompts, err)) ||
+    if ((rc = tb_llm_messages(&l->arena, &messages, &l->prompts->messages, &l->prompts->n_messages,
+                              err)) ||
         (rc = tb_json_bool(root, "logprobs", false, &l->logprobs, err)) ||
         (rc = tb_llm_int32(root, "top_logprobs", 0, 20, &top, err)) ||
         (rc = decode_thinking(l, root, err)))
@@ -129,7 +130,7 @@ static int decode_prompt(struct tb_llm *l, const struct tb_json *v, struct tb_ll
 {
     size_t n = 0;
     if (tb_json_is_string(v)) {
-        p->text = tb_llm_span(l, v);
+        p->text = tb_llm_span(&l->arena, v);
         return 0;
     }
     if (!tb_json_is_array(v))

@@ -25,10 +25,10 @@ int tb_llm_int32(const struct tb_json *obj, const char *key, int32_t min, int32_
     return rc;
 }
 
-struct tb_span tb_llm_span(struct tb_llm *l, const struct tb_json *text)
+struct tb_span tb_llm_span(struct tb_arena *a, const struct tb_json *text)
 {
     size_t n = json_string_length(text->v);
-    return (struct tb_span){tb_arena_strndup(&l->arena, json_string_value(text->v), n), n};
+    return (struct tb_span){tb_arena_strndup(a, json_string_value(text->v), n), n};
 }
 
 int tb_llm_stops(struct tb_llm *l, const struct tb_json *obj, const char *key, size_t max,
@@ -81,12 +81,12 @@ int tb_llm_logit_bias(struct tb_llm *l, const struct tb_json *obj, const char *k
 }
 
 /* A content of parts is their texts, joined. */
-static int content(struct tb_llm *l, const struct tb_json *c, struct tb_span *out,
+static int content(struct tb_arena *a, const struct tb_json *c, struct tb_span *out,
                    struct tb_error *err)
 {
     struct tb_json part, type, text;
     if (tb_json_is_string(c)) {
-        *out = tb_llm_span(l, c);
+        *out = tb_llm_span(a, c);
         return 0;
     }
     if (!tb_json_is_array(c))
@@ -104,13 +104,13 @@ static int content(struct tb_llm *l, const struct tb_json *c, struct tb_span *ou
         else
             tb_buf_append(&b, json_string_value(text.v), json_string_length(text.v));
     }
-    *out = (struct tb_span){tb_arena_strndup(&l->arena, b.n ? b.p : "", b.n), b.n};
+    *out = (struct tb_span){tb_arena_strndup(a, b.n ? b.p : "", b.n), b.n};
     tb_buf_fini(&b);
     return rc;
 }
 
-int tb_llm_messages(struct tb_llm *l, const struct tb_json *list, struct tb_llm_prompt *p,
-                    struct tb_error *err)
+int tb_llm_messages(struct tb_arena *a, const struct tb_json *list, struct tb_chat_message **out,
+                    size_t *n_out, struct tb_error *err)
 {
     static const char *const unserved[] = {"tool_calls", "images", "function_call", "audio"};
     struct tb_json m, v;
@@ -120,24 +120,24 @@ int tb_llm_messages(struct tb_llm *l, const struct tb_json *list, struct tb_llm_
     if (n > TB_MAX_DATA)
         return tb_json_fail(list, err, TB_EINVAL, "%zu messages are more than the limit of %d", n,
                             TB_MAX_DATA);
-    p->messages = tb_arena_calloc(&l->arena, n, sizeof(*p->messages));
+    struct tb_chat_message *messages = *out = tb_arena_calloc(a, n, sizeof(*messages));
     for (size_t i = 0; i < n; i++) {
-        struct tb_chat_message *out = &p->messages[i];
+        struct tb_chat_message *to = &messages[i];
         const char *role = NULL;
         tb_json_at(list, i, &m);
         if (!tb_json_is_object(&m)) return tb_json_fail(&m, err, TB_EINVAL, "is not a message");
-        int rc = tb_json_string(&m, "role", true, &l->arena, 64, &role, err);
+        int rc = tb_json_string(&m, "role", true, a, 64, &role, err);
         if (rc || (rc = tb_llm_refuse(&m, unserved, TB_ARRAY_LEN(unserved), err))) return rc;
         if (strcmp(role, "developer") == 0) role = "system";
-        out->role = tb_span_str(role);
-        out->content = tb_span_str("");
+        to->role = tb_span_str(role);
+        to->content = tb_span_str("");
         if (!tb_json_find(&m, "content", &v)) {
             if (strcmp(role, "assistant") == 0) continue;
             return tb_json_fail(&m, err, TB_EINVAL, "content: required, but absent");
         }
-        if ((rc = content(l, &v, &out->content, err))) return rc;
+        if ((rc = content(a, &v, &to->content, err))) return rc;
     }
-    p->n_messages = n;
+    *n_out = n;
     return 0;
 }
 

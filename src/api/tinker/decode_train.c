@@ -93,8 +93,8 @@ int tb_tinker_decode_unload_model(const struct tb_body *b, struct tb_op **out, s
 
 /* ---- forward, forward_backward */
 
-static int decode_datum(const struct tb_json *d, struct tb_arena *a, struct tb_datum *out,
-                        struct tb_error *err)
+int tb_json_datum(const struct tb_json *d, struct tb_arena *a, struct tb_datum *out,
+                  struct tb_error *err)
 {
     struct tb_json input, tensors, t;
     int rc = tb_json_object(d, "model_input", true, &input, err);
@@ -162,7 +162,7 @@ static int rest_forward_backward(const struct tb_json *root, struct tb_op *op, s
     fb->n_data = (int32_t)n;
     for (size_t i = 0; i < n; i++) {
         tb_json_at(&data, i, &d);
-        rc = decode_datum(&d, &op->arena, &fb->data[i], err);
+        rc = tb_json_datum(&d, &op->arena, &fb->data[i], err);
         if (rc) return rc;
     }
     return 0;

@@ -8,6 +8,7 @@
 #ifndef TB_API_TINKER_H
 #define TB_API_TINKER_H
 
+#include "api/datum.h"
 #include "api/internal.h"
 #include "op/op.h"
 
@@ -61,11 +62,6 @@ struct tb_raw_tensor { /* as the wire has it; borrowed */
  * written into the arena. The message has no path: the caller prefixes it. */
 int tb_tensor_finish(const struct tb_raw_tensor *raw, struct tb_arena *a, struct tb_tensor *out,
                      struct tb_error *err);
-int tb_json_tensor(const struct tb_json *n, struct tb_arena *a, int64_t fill, struct tb_tensor *out,
-                   struct tb_error *err);
-/* {"chunks": […]} into one array of tokens. */
-int tb_json_tokens(const struct tb_json *model_input, struct tb_arena *a, const int32_t **tokens,
-                   int32_t *n, struct tb_error *err);
 int tb_json_metadata(const struct tb_json *obj, const char *key, bool strings_only,
                      struct tb_arena *a, const char **out, struct tb_error *err);
 /* 1..TB_MAX_ID bytes without control characters. */

@@ -30,7 +30,7 @@ static int setup(void **state)
 
 static int teardown(void **state)
 {
-    tb_vocab_destroy(vocab);
+    tb_vocab_unref(vocab);
     tb_tokenizer_destroy(tok);
     return 0;
 }

@@ -1,0 +1,281 @@
+/*
+ * Names of adapters and the models behind them; add_lora, remove_lora and the weights jobs (see
+ * tinkerbell.h). Thread: the loop's.
+ */
+#include <stdio.h>
+#include <string.h>
+
+#include "api/tinkerbell/tinkerbell.h"
+#include "util/clock.h"
+
+struct tb_bell_tenant *tb_bell_tenant(struct tb_api *a, struct tb_tenant *who)
+{
+    const char *name = tb_tenant_name(who);
+    struct tb_bell_tenant *t = tb_map_get(&a->bell->tenants, name, strlen(name));
+    if (t) return t;
+    t = tb_calloc(1, sizeof(*t));
+    t->who = who;
+    tb_map_init(&t->adapters);
+    tb_map_init(&t->losses);
+    tb_map_put(&a->bell->tenants, name, strlen(name), t);
+    return t;
+}
+
+const struct tb_llm_model *tb_bell_base(struct tb_api *a, const char *name)
+{
+    const struct tb_llm_model *m = name ? tb_llm_model_find(a, name) : NULL;
+    return m ? m : tb_llm_model_find(a, NULL);
+}
+
+struct tb_bell_adapter *tb_bell_adapter_find(struct tb_bell_tenant *t, const char *name)
+{
+    return name ? tb_map_get(&t->adapters, name, strlen(name)) : NULL;
+}
+
+void tb_bell_adapter_changed(struct tb_bell_adapter *ad)
+{
+    tb_free(ad->sampler_id);
+    ad->sampler_id = NULL;
+}
+
+struct tb_op *tb_bell_op(struct tb_bell_job *j, enum tb_op_type type)
+{
+    struct tb_op *op = tb_op_create(type);
+    op->model_id = tb_arena_strdup(&op->arena, j->adapter->model_id);
+    op->seq_id = j->adapter->next_seq++;
+    return op;
+}
+
+static void forget(struct tb_bell_tenant *t, struct tb_bell_adapter *ad)
+{
+    tb_map_del(&t->adapters, ad->name, strlen(ad->name));
+    tb_free(ad->name);
+    tb_free(ad->model_id);
+    tb_free(ad->sampler_id);
+    tb_free(ad);
+}
+
+/* ---- creation */
+
+static int session(struct tb_bell_job *j, struct tb_error *e)
+{
+    struct tb_bell_tenant *t = j->tenant;
+    struct tb_session_params p = {.sdk_version = "tinkerbell", .lasting = true};
+    const char *id;
+    if (t->session_id && !tb_core_heartbeat(tb_api_core(j->a), t->who, t->session_id, e)) return 0;
+    int rc = tb_core_create_session(tb_api_core(j->a), t->who, &p, &id, e);
+    if (rc) return rc;
+    tb_free(t->session_id);
+    t->session_id = tb_strdup(id);
+    return 0;
+}
+
+static struct tb_bell_adapter *adapter_new(struct tb_bell_job *j, const char *name)
+{
+    struct tb_bell_adapter *ad = tb_calloc(1, sizeof(*ad));
+    ad->name = tb_strdup(name);
+    ad->base = tb_bell_base(j->a, j->base_model);
+    ad->next_seq = 1;
+    ad->rank = j->lora.rank;
+    tb_map_put(&j->tenant->adapters, name, strlen(name), ad);
+    return ad;
+}
+
+/* The creation's own future is nobody's: what follows is queued behind it, and fails with it. */
+static int submit_creation(struct tb_bell_job *j, struct tb_bell_adapter *ad, struct tb_error *e)
+{
+    struct tb_ticket ticket;
+    int rc = session(j, e);
+    if (rc) return rc;
+    struct tb_op *op = tb_op_create(TB_OP_CREATE_MODEL);
+    op->session_id = tb_arena_strdup(&op->arena, j->tenant->session_id);
+    op->model_seq_id = j->tenant->next_model++;
+    op->u.create_model = (struct tb_create_model){
+        .base_model = tb_arena_strdup(&op->arena, tb_llm_model_info(ad->base)->name),
+        .lora = j->lora,
+        .optimizer = "adamw"};
+    rc = tb_core_submit(tb_api_core(j->a), j->tenant->who, op, &ticket, e);
+    if (rc == 0) ad->model_id = tb_strdup(ticket.model_id);
+    return rc;
+}
+
+void tb_bell_with_adapter(struct tb_bell_job *j, const char *name,
+                          void (*then)(struct tb_bell_job *j))
+{
+    struct tb_error e = {0};
+    j->adapter = tb_bell_adapter_find(j->tenant, name);
+    if (!j->adapter) {
+        int rc = 0;
+        if (j->tenant->adapters.n >= TB_BELL_ADAPTERS)
+            rc = tb_error_set(&e, TB_EBUSY, "there are %d adapters already; remove one",
+                              TB_BELL_ADAPTERS);
+        if (rc == 0) {
+            j->adapter = adapter_new(j, name);
+            rc = submit_creation(j, j->adapter, &e);
+            if (rc) forget(j->tenant, j->adapter);
+        }
+        if (rc) {
+            tb_bell_fail(j, &e);
+            return;
+        }
+    }
+    then(j);
+}
+
+/* ---- add_lora, remove_lora */
+
+int tb_bell_lora(struct tb_bell_job *j, const struct tb_json *root, struct tb_error *err)
+{
+    static const char *const unserved[] = {"target_modules", "lora_dropout"};
+    int rc;
+    if ((rc = tb_llm_refuse(root, unserved, TB_ARRAY_LEN(unserved), err)) ||
+        (rc = tb_llm_int32(root, "rank", 1, INT32_MAX, &j->lora.rank, err)) ||
+        (rc = tb_llm_float(root, "alpha", 1e-6, 1e6, &j->lora.alpha, err)))
+        return rc;
+    return 0;
+}
+
+static int prepare_add(struct tb_bell_job *j, const struct tb_json *root, struct tb_error *err)
+{
+    int rc = tb_json_string(root, "base_model", false, &j->arena, TB_MAX_ID, &j->base_model, err);
+    j->echo = j->base_model;
+    return rc ? rc : tb_bell_lora(j, root, err);
+}
+
+static void after_add(struct tb_bell_job *j)
+{
+    struct tb_json_out o = tb_bell_result(j);
+    tb_jout_str(&o, "model_id", j->adapter->name);
+    tb_jout_object_end(&o);
+    tb_bell_done(j);
+}
+
+static void start_add(struct tb_bell_job *j)
+{
+    char name[TB_MAX_ID + 32];
+    snprintf(name, sizeof(name), "%s_lora_%08x", j->base_model ? j->base_model : "base",
+             (unsigned)tb_random_u64());
+    tb_bell_with_adapter(j, name, after_add);
+}
+
+const struct tb_bell_kind tb_bell_add_lora = {"Add LoRA", prepare_add, start_add};
+
+static int prepare_named(struct tb_bell_job *j, const struct tb_json *root, struct tb_error *err)
+{
+    int rc = tb_json_string(root, "model_id", false, &j->arena, TB_MAX_ID, &j->model_id, err);
+    if (rc == 0 && !j->model_id)
+        rc = tb_json_string(root, "adapter_id", false, &j->arena, TB_MAX_ID, &j->model_id, err);
+    j->echo = j->model_id;
+    return rc;
+}
+
+static void say(struct tb_bell_job *j, const char *status, const char *path)
+{
+    struct tb_json_out o = tb_bell_result(j);
+    tb_jout_str(&o, "status", status);
+    if (path) tb_jout_str(&o, "path", path);
+    tb_jout_object_end(&o);
+    tb_bell_done(j);
+}
+
+static void removed(struct tb_bell_job *j, const struct tb_op *op)
+{
+    (void)op;
+    say(j, "deleted", NULL);
+}
+
+static void start_remove(struct tb_bell_job *j)
+{
+    j->adapter = tb_bell_adapter_find(j->tenant, j->model_id);
+    if (!j->adapter) { /* there is none, which is what was asked for */
+        say(j, "deleted", NULL);
+        return;
+    }
+    struct tb_op *op = tb_bell_op(j, TB_OP_UNLOAD_MODEL);
+    forget(j->tenant, j->adapter);
+    j->adapter = NULL;
+    tb_bell_run(j, op, removed);
+}
+
+const struct tb_bell_kind tb_bell_remove_lora = {"Remove LoRA", prepare_named, start_remove};
+
+/* ---- weights */
+
+static int prepare_weights(struct tb_bell_job *j, const struct tb_json *root, struct tb_error *err)
+{
+    int rc = prepare_named(j, root, err);
+    if (rc) return rc;
+    if ((rc = tb_json_string(root, "path", false, &j->arena, 4096, &j->path, err))) return rc;
+    if (!j->model_id) j->model_id = "base";
+    return 0;
+}
+
+/* The last part of a path, as a checkpoint's name. */
+static const char *name_of(const char *path)
+{
+    const char *slash = path ? strrchr(path, '/') : NULL;
+    return slash ? slash + 1 : path && *path ? path : "weights";
+}
+
+static void saved(struct tb_bell_job *j, const struct tb_op *op)
+{
+    say(j, "saved", op->result.path);
+}
+
+static void save(struct tb_bell_job *j, enum tb_op_type type)
+{
+    struct tb_op *op = tb_bell_op(j, type);
+    op->u.save_weights = (struct tb_save_weights){
+        .name = tb_arena_strdup(&op->arena, name_of(j->path)), .overwrite = true};
+    op->u.save_weights.sampling_session_seq_id = -1;
+    tb_bell_run(j, op, saved);
+}
+
+static void save_training(struct tb_bell_job *j)
+{
+    save(j, TB_OP_SAVE_WEIGHTS);
+}
+
+static void save_sampler(struct tb_bell_job *j)
+{
+    save(j, TB_OP_SAVE_WEIGHTS_FOR_SAMPLER);
+}
+
+static void start_save(struct tb_bell_job *j)
+{
+    tb_bell_with_adapter(j, j->model_id, save_training);
+}
+
+static void start_save_sampler(struct tb_bell_job *j)
+{
+    tb_bell_with_adapter(j, j->model_id, save_sampler);
+}
+
+static void loaded(struct tb_bell_job *j, const struct tb_op *op)
+{
+    say(j, "loaded", op->result.path);
+}
+
+static void load(struct tb_bell_job *j)
+{
+    struct tb_op *op = tb_bell_op(j, TB_OP_LOAD_WEIGHTS);
+    struct tb_load_weights *l = &op->u.load_weights;
+    l->optimizer = true;
+    if (j->path && strncmp(j->path, TB_LLM_CHECKPOINT, strlen(TB_LLM_CHECKPOINT)) == 0)
+        l->path = tb_arena_strdup(&op->arena, j->path);
+    else
+        l->path = tb_arena_printf(&op->arena, TB_LLM_CHECKPOINT "%s/weights/%s",
+                                  j->adapter->model_id, name_of(j->path));
+    tb_bell_adapter_changed(j->adapter);
+    tb_bell_run(j, op, loaded);
+}
+
+static void start_load(struct tb_bell_job *j)
+{
+    tb_bell_with_adapter(j, j->model_id, load);
+}
+
+const struct tb_bell_kind tb_bell_load = {"Load weights", prepare_weights, start_load};
+const struct tb_bell_kind tb_bell_save = {"Save weights", prepare_weights, start_save};
+const struct tb_bell_kind tb_bell_save_sampler = {"Save weights", prepare_weights,
+                                                  start_save_sampler};

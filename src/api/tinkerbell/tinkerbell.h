@@ -1,0 +1,128 @@
+/*
+ * The Tinkerbell face: the routes of the Tinkerbell server, each job twice, as one that answers
+ * when it is done and as one that answers at once with a future's id. Its names for adapters stand
+ * for models of core in a session that this face keeps for each tenant; an adapter that is not
+ * known is made on first use, as the original does.
+ *
+ *   tinkerbell.c  routes, which requests are ours, simple answers
+ *   job.c         jobs and their futures
+ *   adapter.c     names and models; add_lora, remove_lora, weights
+ *   train.c       chat messages and Datums into training ops; losses
+ *   sample.c      prompts into samples
+ *
+ * Owner: the api object owns the face's state, which owns adapters and jobs. Thread: the loop's,
+ * but what a job prepares in the pool.
+ */
+#ifndef TB_API_TINKERBELL_H
+#define TB_API_TINKERBELL_H
+
+#include "api/internal.h"
+#include "api/llm/llm.h"
+#include "util/list.h"
+
+#define TB_BELL_JOBS     10000 /* finished ones that are kept */
+#define TB_BELL_ADAPTERS 1024  /* of a tenant */
+#define TB_BELL_LOSSES   256
+
+struct tb_bell_tenant {
+    struct tb_tenant *who;
+    char *session_id;
+    int64_t next_model;
+    struct tb_map adapters; /* name → tb_bell_adapter */
+    struct tb_map losses;   /* names of uploaded losses → (char *) itself */
+};
+
+struct tb_bell_adapter {
+    char *name;
+    const struct tb_llm_model *base;
+    char *model_id;
+    int64_t next_seq, next_sampler, next_sample;
+    char *sampler_id; /* of the weights as they are now; NULL: to be published */
+    int32_t rank;
+};
+
+struct tb_bell {
+    struct tb_map tenants; /* name → tb_bell_tenant */
+    struct tb_map jobs;    /* id → tb_bell_job */
+    struct tb_list over;   /* jobs that ended, oldest first */
+    size_t n_over;
+};
+
+struct tb_bell_job;
+/* A kind of job. prepare runs in the pool on the job's arena alone, start and step on the loop. */
+struct tb_bell_kind {
+    const char *title; /* "Forward-backward", as errors name it */
+    int (*prepare)(struct tb_bell_job *j, const struct tb_json *root, struct tb_error *err);
+    void (*start)(struct tb_bell_job *j);
+};
+
+struct tb_bell_job {
+    struct tb_list node; /* tb_bell.over */
+    struct tb_api *a;
+    struct tb_bell_tenant *tenant;
+    const struct tb_bell_kind *kind;
+    struct tb_http_request *req; /* to be answered: at the end (sync), or with the id */
+    bool sync;
+    char id[16]; /* "future_" and 8 hex digits */
+    struct tb_arena arena;
+    uv_work_t work;
+    struct tb_span body;
+    struct tb_error err;
+    bool over;
+    struct tb_buf result; /* JSON, when over without an error */
+
+    /* what the body said */
+    const char *echo;     /* model_id of the submit's answer */
+    const char *model_id; /* name of an adapter, or of a base model */
+    const char *base_model, *path, *loss_name;
+    struct tb_lora_config lora;
+    void *own; /* the kind's */
+
+    /* the op that runs */
+    struct tb_core_stream stream;
+    char *request_id;
+    void (*step)(struct tb_bell_job *j, const struct tb_op *op);
+    struct tb_bell_adapter *adapter;
+};
+
+/* ---- job.c */
+void tb_bell_begin(struct tb_api *a, struct tb_http_request *req, const struct tb_bell_kind *kind,
+                   bool sync);
+/* Submits op (which moves); step is called with it when it is done, and the job fails when it
+ * fails. */
+void tb_bell_run(struct tb_bell_job *j, struct tb_op *op,
+                 void (*step)(struct tb_bell_job *j, const struct tb_op *op));
+/* The end; the result is what was written to j->result. */
+void tb_bell_done(struct tb_bell_job *j);
+void tb_bell_fail(struct tb_bell_job *j, const struct tb_error *e);
+struct tb_json_out tb_bell_result(struct tb_bell_job *j); /* with the opening brace written */
+void tb_bell_retrieve(struct tb_api *a, struct tb_http_request *req,
+                      const struct tb_route_match *m);
+void tb_bell_error(struct tb_http_request *req, const struct tb_error *e);
+void tb_bell_detail(struct tb_http_request *req, int status, const char *text);
+
+/* ---- adapter.c */
+struct tb_bell_tenant *tb_bell_tenant(struct tb_api *a, struct tb_tenant *who);
+/* A base model by name, or the first. */
+const struct tb_llm_model *tb_bell_base(struct tb_api *a, const char *name);
+struct tb_bell_adapter *tb_bell_adapter_find(struct tb_bell_tenant *t, const char *name);
+/* Finds j's adapter by name, or submits its creation with j->lora; then calls then, or fails j. */
+void tb_bell_with_adapter(struct tb_bell_job *j, const char *name,
+                          void (*then)(struct tb_bell_job *j));
+/* A training or weights op on j's adapter, next in its order. */
+struct tb_op *tb_bell_op(struct tb_bell_job *j, enum tb_op_type type);
+void tb_bell_adapter_changed(
+    struct tb_bell_adapter *ad); /* its weights are not what was published */
+extern const struct tb_bell_kind tb_bell_add_lora, tb_bell_remove_lora, tb_bell_load, tb_bell_save,
+    tb_bell_save_sampler;
+int tb_bell_lora(struct tb_bell_job *j, const struct tb_json *root, struct tb_error *err);
+
+/* ---- train.c, sample.c */
+extern const struct tb_bell_kind tb_bell_forward, tb_bell_forward_backward, tb_bell_optim_step;
+extern const struct tb_bell_kind tb_bell_sample, tb_bell_register_loss;
+void tb_bell_sample_forget(struct tb_bell_job *j); /* core calls its samples no more */
+
+void tb_bell_create(struct tb_api *a);
+void tb_bell_destroy(struct tb_bell *b);
+
+#endif

@@ -1,0 +1,447 @@
+/*
+ * Training jobs of the Tinkerbell face: conversations (rendered by the model's renderer and trained
+ * on every token) and the Tinker API's Datums become forward and forward_backward ops, with the
+ * original's RL forms; optim_step (see tinkerbell.h). Thread: prepare runs in the pool.
+ */
+#include <math.h>
+#include <string.h>
+
+#include "api/datum.h"
+#include "api/tinkerbell/tinkerbell.h"
+
+struct train {
+    const struct tb_llm_model *base;
+    struct tb_datum *data;
+    int32_t n;
+    const char *loss_fn; /* as it was asked for */
+    const char *op_loss; /* what computes it */
+    double kl_coeff;
+    int64_t n_tokens;
+    bool rewards;
+    double mean_advantage;
+    double loss_sum, kl; /* results */
+    float **logprobs;    /* of the first pass, for the divergence */
+};
+
+/* ---- data */
+
+static struct tb_tensor *add_input(struct tb_bell_job *j, struct tb_datum *d, const char *name,
+                                   enum tb_tensor_type type)
+{
+    struct tb_tensor *t = &d->inputs[d->n_inputs++];
+    void *p = tb_arena_calloc(&j->arena, (size_t)d->n_tokens + 1, type == TB_TENSOR_F32 ? 4 : 8);
+    *t = (struct tb_tensor){.name = name, .type = type, .n_dims = 1, .n = d->n_tokens};
+    t->shape[0] = d->n_tokens;
+    if (type == TB_TENSOR_F32)
+        t->data.f32 = p;
+    else
+        t->data.i64 = p;
+    return t;
+}
+
+static void fill(const struct tb_tensor *t, float value)
+{
+    float *p = (float *)(uintptr_t)t->data.f32;
+    for (int64_t i = 0; i < t->n; i++)
+        p[i] = value;
+}
+
+/* All tokens but the last predict the next one, each with the same weight. */
+static int conversation(struct tb_bell_job *j, struct train *t, const struct tb_json *list,
+                        struct tb_datum *d, struct tb_error *err)
+{
+    struct tb_chat_message *messages;
+    struct tb_ids ids;
+    size_t n;
+    const struct tb_served_model *m = tb_llm_model_info(t->base);
+    int rc = tb_llm_messages(&j->arena, list, &messages, &n, err);
+    if (rc) return rc;
+    if (!m->text) return tb_error_set(err, TB_EUNSUPPORTED, "%s has no tokenizer.json", m->name);
+    tb_ids_init(&ids);
+    rc = tb_chat_render(tb_llm_model_renderer(t->base), m->text, messages, n, false, &ids, err);
+    if (rc == 0 && ids.n < 2) rc = tb_json_fail(list, err, TB_EINVAL, "has no text");
+    if (rc == 0 && ids.n > TB_MAX_DATUM_TOKENS)
+        rc = tb_json_fail(list, err, TB_EINVAL, "has more than %d tokens", TB_MAX_DATUM_TOKENS);
+    if (rc == 0) {
+        int32_t *tokens = tb_arena_calloc(&j->arena, ids.n, sizeof(*tokens));
+        memcpy(tokens, ids.p, ids.n * sizeof(*tokens));
+        d->tokens = tokens;
+        d->n_tokens = (int32_t)ids.n - 1;
+        d->inputs = tb_arena_calloc(&j->arena, 4, sizeof(*d->inputs));
+        const struct tb_tensor *target = add_input(j, d, "target_tokens", TB_TENSOR_I64);
+        int64_t *to = (int64_t *)(uintptr_t)target->data.i64;
+        for (int32_t i = 0; i < d->n_tokens; i++)
+            to[i] = tokens[i + 1];
+    }
+    tb_ids_fini(&ids);
+    return rc;
+}
+
+/* Values of one sample for each position, right-padded with zero. */
+static int positions(struct tb_bell_job *j, const struct tb_json *lists, size_t i,
+                     const struct tb_tensor *out, struct tb_error *err)
+{
+    struct tb_json one;
+    float *v;
+    size_t n;
+    tb_json_at(lists, i, &one);
+    if (!tb_json_is_array(&one))
+        return tb_json_fail(&one, err, TB_EINVAL, "is not a list of numbers");
+    int rc = tb_json_as_f32s(&one, &j->arena, &v, &n, err);
+    if (rc) return rc;
+    float *to = (float *)(uintptr_t)out->data.f32;
+    memcpy(to, v, TB_MIN(n, (size_t)out->n) * sizeof(*to));
+    return 0;
+}
+
+/* target_tokens[i] replaces what the conversation says; -100 is padding, whose advantage is 0. */
+static int targets(struct tb_bell_job *j, const struct tb_json *lists, size_t i, struct tb_datum *d,
+                   bool *padding, struct tb_error *err)
+{
+    struct tb_json one;
+    int64_t *v;
+    size_t n;
+    tb_json_at(lists, i, &one);
+    if (!tb_json_is_array(&one))
+        return tb_json_fail(&one, err, TB_EINVAL, "is not a list of tokens");
+    int rc = tb_json_as_i64s(&one, &j->arena, &v, &n, err);
+    if (rc) return rc;
+    int64_t *to = (int64_t *)(uintptr_t)d->inputs[0].data.i64;
+    for (int32_t k = 0; k < d->n_tokens; k++) {
+        padding[k] = (size_t)k >= n || v[k] == -100;
+        if (!padding[k]) to[k] = v[k];
+    }
+    return 0;
+}
+
+/* importance_sampling and ppo with lists for each sample. */
+static int policy_inputs(struct tb_bell_job *j, struct train *t, const struct tb_json *in,
+                         struct tb_error *err)
+{
+    struct tb_json target, logprobs, advantages;
+    double sum = 0;
+    int rc = tb_json_array(in, "target_tokens", true, &target, err);
+    if (rc == 0) rc = tb_json_array(in, "logprobs", true, &logprobs, err);
+    if (rc == 0) rc = tb_json_array(in, "advantages", true, &advantages, err);
+    for (int32_t i = 0; rc == 0 && i < t->n; i++) {
+        struct tb_datum *d = &t->data[i];
+        bool *padding = tb_arena_calloc(&j->arena, (size_t)d->n_tokens + 1, sizeof(*padding));
+        rc = targets(j, &target, (size_t)i, d, padding, err);
+        if (rc) break;
+        const struct tb_tensor *q = add_input(j, d, "logprobs", TB_TENSOR_F32);
+        rc = positions(j, &logprobs, (size_t)i, q, err);
+        const struct tb_tensor *adv = add_input(j, d, "advantages", TB_TENSOR_F32);
+        if (rc == 0) rc = positions(j, &advantages, (size_t)i, adv, err);
+        float *to = (float *)(uintptr_t)adv->data.f32;
+        for (int32_t k = 0; rc == 0 && k < d->n_tokens; k++) {
+            if (padding[k]) to[k] = 0;
+            sum += (double)to[k];
+        }
+    }
+    t->op_loss = t->loss_fn;
+    t->mean_advantage = t->n_tokens ? sum / (double)t->n_tokens : 0;
+    return rc;
+}
+
+/* rewards: -reward * log-probability of each token, plus kl_coeff times the divergence from the
+ * base model, whose gradient is that of the log-probability: both are weights of cross_entropy. */
+static int reward_inputs(struct tb_bell_job *j, struct train *t, const struct tb_json *in,
+                         struct tb_error *err)
+{
+    struct tb_json list;
+    float *rewards;
+    size_t n;
+    int rc = tb_json_array(in, "rewards", true, &list, err);
+    if (rc == 0) rc = tb_json_as_f32s(&list, &j->arena, &rewards, &n, err);
+    if (rc == 0) rc = tb_json_double(in, "kl_coeff", false, 0, 1e6, &t->kl_coeff, err);
+    if (rc) return rc;
+    if (n == 0) return tb_json_fail(&list, err, TB_EINVAL, "is empty");
+    for (int32_t i = 0; i < t->n; i++) {
+        float reward = rewards[n == (size_t)t->n ? (size_t)i : 0];
+        fill(add_input(j, &t->data[i], "weights", TB_TENSOR_F32), reward - (float)t->kl_coeff);
+        t->mean_advantage += (double)reward / t->n;
+    }
+    t->rewards = true;
+    t->op_loss = "cross_entropy";
+    return 0;
+}
+
+static int loss_inputs(struct tb_bell_job *j, struct train *t, const struct tb_json *root,
+                       struct tb_error *err)
+{
+    struct tb_json in, v;
+    int rc = tb_json_object(root, "loss_fn_inputs", false, &in, err);
+    if (rc) return rc;
+    if (in.v && tb_json_find(&in, "rewards", &v)) return reward_inputs(j, t, &in, err);
+    if (strcmp(t->loss_fn, "cross_entropy") == 0) {
+        for (int32_t i = 0; i < t->n; i++)
+            fill(add_input(j, &t->data[i], "weights", TB_TENSOR_F32), 1);
+        t->op_loss = t->loss_fn;
+        return 0;
+    }
+    if (strcmp(t->loss_fn, "importance_sampling") == 0 || strcmp(t->loss_fn, "ppo") == 0) {
+        if (in.v) return policy_inputs(j, t, &in, err);
+        return tb_error_set(err, TB_EINVAL, "loss_fn_inputs: required for %s, but absent",
+                            t->loss_fn);
+    }
+    t->op_loss = t->loss_fn; /* one of the Tinker API's, or unknown: the model says so */
+    return 0;
+}
+
+static int prepare_train(struct tb_bell_job *j, const struct tb_json *root, struct tb_error *err)
+{
+    struct train *t = j->own = tb_arena_calloc(&j->arena, 1, sizeof(*t));
+    struct tb_json data, one;
+    int rc = tb_json_string(root, "model_id", false, &j->arena, TB_MAX_ID, &j->model_id, err);
+    if (rc == 0 && !j->model_id)
+        rc = tb_json_string(root, "adapter_id", false, &j->arena, TB_MAX_ID, &j->model_id, err);
+    j->echo = j->model_id;
+    if (!j->model_id) j->model_id = "base";
+    t->loss_fn = "cross_entropy";
+    if (rc == 0) rc = tb_json_string(root, "loss_fn", false, &j->arena, 64, &t->loss_fn, err);
+    if (rc == 0) rc = tb_bell_lora(j, root, err);
+    if (rc == 0) rc = tb_json_array(root, "data", false, &data, err);
+    if (rc) return rc;
+    size_t n = data.v ? tb_json_len(&data) : 0;
+    if (n == 0 || n > TB_MAX_DATA)
+        return tb_error_set(err, TB_EINVAL, "data: %zu samples are not in 1..%d", n, TB_MAX_DATA);
+    t->base = tb_bell_base(j->a, j->model_id);
+    t->data = tb_arena_calloc(&j->arena, n, sizeof(*t->data));
+    t->n = (int32_t)n;
+    bool chats = false;
+    for (size_t i = 0; rc == 0 && i < n; i++) {
+        tb_json_at(&data, i, &one);
+        bool chat = tb_json_is_array(&one);
+        if (i > 0 && chat != chats)
+            rc = tb_json_fail(&one, err, TB_EINVAL, "conversations and Datums cannot be mixed");
+        chats = chat;
+        if (rc == 0)
+            rc = chat ? conversation(j, t, &one, &t->data[i], err)
+                      : tb_json_datum(&one, &j->arena, &t->data[i], err);
+        if (rc == 0) t->n_tokens += t->data[i].n_tokens;
+    }
+    t->op_loss = t->loss_fn;
+    return rc || !chats ? rc : loss_inputs(j, t, root, err);
+}
+
+/* ---- ops */
+
+static void copy_datum(struct tb_arena *a, const struct tb_datum *from, struct tb_datum *to)
+{
+    size_t n = (size_t)from->n_tokens, n_inputs = (size_t)from->n_inputs;
+    int32_t *tokens = tb_arena_calloc(a, n + 1, sizeof(*tokens));
+    *to = *from;
+    memcpy(tokens, from->tokens, n * sizeof(*tokens));
+    to->tokens = tokens;
+    to->inputs = tb_arena_calloc(a, n_inputs + 1, sizeof(*to->inputs));
+    for (size_t i = 0; i < n_inputs; i++) {
+        const struct tb_tensor *x = &from->inputs[i];
+        size_t size = x->type == TB_TENSOR_F32 ? sizeof(float) : sizeof(int64_t);
+        void *data = tb_arena_calloc(a, (size_t)x->n + 1, size);
+        memcpy(data, x->data.f32, (size_t)x->n * size);
+        to->inputs[i] = *x;
+        to->inputs[i].name = tb_arena_strdup(a, x->name);
+        to->inputs[i].data.f32 = data;
+    }
+}
+
+static struct tb_op *train_op(struct tb_bell_job *j, const struct train *t, enum tb_op_type type)
+{
+    struct tb_op *op = tb_bell_op(j, type);
+    struct tb_forward_backward *fb = &op->u.forward_backward;
+    fb->forward_only = type == TB_OP_FORWARD;
+    fb->loss_fn = tb_arena_strdup(&op->arena, t->op_loss);
+    fb->n_data = t->n;
+    fb->data = tb_arena_calloc(&op->arena, (size_t)t->n, sizeof(*fb->data));
+    for (int32_t i = 0; i < t->n; i++)
+        copy_datum(&op->arena, &t->data[i], &fb->data[i]);
+    return op;
+}
+
+static double metric(const struct tb_result *r, const char *key)
+{
+    for (int32_t i = 0; i < r->n_metrics; i++)
+        if (strcmp(r->metrics[i].key, key) == 0) return r->metrics[i].value;
+    return 0;
+}
+
+static void put_metrics(struct tb_json_out *o, const struct train *t, double loss)
+{
+    double nll = t->n_tokens ? t->loss_sum / (double)t->n_tokens : 0;
+    tb_jout_object(o, "metrics");
+    tb_jout_double(o, "loss:sum", loss);
+    tb_jout_double(o, "num_tokens", (double)t->n_tokens);
+    if (strcmp(t->loss_fn, "cross_entropy") == 0 && !t->rewards) {
+        tb_jout_double(o, "mean_nll", nll);
+        tb_jout_double(o, "num_weighted_tokens", (double)t->n_tokens);
+        tb_jout_double(o, "perplexity", exp(nll));
+    } else {
+        tb_jout_double(o, "mean_advantage", t->mean_advantage);
+    }
+    if (t->kl_coeff > 0) {
+        tb_jout_double(o, "kl_div", t->kl);
+        tb_jout_double(o, "kl_penalty", t->kl_coeff * t->kl);
+    }
+    tb_jout_object_end(o);
+}
+
+/* Means over samples of sums over tokens, as in the original. With kl_coeff the loss that was
+ * computed holds the weight of the divergence; it is told apart here. */
+static void answer(struct tb_bell_job *j)
+{
+    const struct train *t = j->own;
+    struct tb_json_out o = tb_bell_result(j);
+    double base = t->loss_sum / t->n, penalty = t->kl_coeff * t->kl;
+    tb_jout_double(&o, "loss", base + penalty);
+    if (t->rewards) {
+        tb_jout_double(&o, "base_loss", base);
+        tb_jout_double(&o, "kl_penalty", penalty);
+    }
+    tb_jout_int(&o, "num_samples", t->n);
+    tb_jout_str(&o, "model_id", j->model_id);
+    tb_jout_str(&o, "backend", "tinkerbell");
+    put_metrics(&o, t, base + penalty);
+    tb_jout_object(&o, "loss_fn_outputs");
+    tb_jout_str(&o, "loss_fn", t->loss_fn);
+    if (t->rewards) {
+        tb_jout_double(&o, "avg_loss", base);
+        tb_jout_double(&o, "kl_div", t->kl);
+        tb_jout_double(&o, "kl_coeff", t->kl_coeff);
+    }
+    tb_jout_object_end(&o);
+    tb_jout_object_end(&o);
+    tb_bell_done(j);
+}
+
+/* The divergence is the mean over samples of the sum of log p - log p_base, p_base from an adapter
+ * that is never trained. Without it the loss is that of the rewards alone. */
+static void with_reference(struct tb_bell_job *j, const struct tb_op *op)
+{
+    struct train *t = j->own;
+    double kl = 0, moved = 0;
+    for (int32_t i = 0; i < t->n; i++) {
+        for (int32_t k = 0; k < op->result.outputs[i].n; k++) {
+            kl += (double)t->logprobs[i][k] - (double)op->result.outputs[i].logprobs[k];
+            moved += (double)t->logprobs[i][k];
+        }
+    }
+    t->kl = kl / t->n;
+    t->loss_sum -= t->kl_coeff * moved; /* -(r - c) log p -> -r log p */
+    answer(j);
+}
+
+static void forward_reference(struct tb_bell_job *j)
+{
+    tb_bell_run(j, train_op(j, j->own, TB_OP_FORWARD), with_reference);
+}
+
+static void trained(struct tb_bell_job *j, const struct tb_op *op)
+{
+    struct train *t = j->own;
+    t->loss_sum = metric(&op->result, "loss:sum");
+    if (!(t->kl_coeff > 0)) {
+        answer(j);
+        return;
+    }
+    t->logprobs = tb_arena_calloc(&j->arena, (size_t)t->n, sizeof(*t->logprobs));
+    for (int32_t i = 0; i < t->n; i++) {
+        size_t n = (size_t)op->result.outputs[i].n;
+        t->logprobs[i] = tb_arena_calloc(&j->arena, n + 1, sizeof(float));
+        memcpy(t->logprobs[i], op->result.outputs[i].logprobs, n * sizeof(float));
+    }
+    j->lora.rank = 1;
+    tb_bell_with_adapter(
+        j, tb_arena_printf(&j->arena, "reference of %s", tb_llm_model_info(t->base)->name),
+        forward_reference);
+}
+
+static void forward(struct tb_bell_job *j)
+{
+    tb_bell_run(j, train_op(j, j->own, TB_OP_FORWARD), trained);
+}
+
+static void forward_backward(struct tb_bell_job *j)
+{
+    tb_bell_run(j, train_op(j, j->own, TB_OP_FORWARD_BACKWARD), trained);
+}
+
+static void start_forward(struct tb_bell_job *j)
+{
+    tb_bell_with_adapter(j, j->model_id, forward);
+}
+
+static void start_forward_backward(struct tb_bell_job *j)
+{
+    const struct train *t = j->own;
+    if (tb_map_get(&j->tenant->losses, t->loss_fn, strlen(t->loss_fn))) {
+        struct tb_error e = {0};
+        tb_error_set(&e, TB_EUNSUPPORTED,
+                     "loss_fn: \"%s\" was uploaded as Python code, which is never executed here; "
+                     "use the Tinker SDK's forward_backward_custom",
+                     t->loss_fn);
+        tb_bell_fail(j, &e);
+        return;
+    }
+    tb_bell_with_adapter(j, j->model_id, forward_backward);
+}
+
+const struct tb_bell_kind tb_bell_forward = {"Forward", prepare_train, start_forward};
+const struct tb_bell_kind tb_bell_forward_backward = {"Forward-backward", prepare_train,
+                                                      start_forward_backward};
+
+/* ---- optim_step */
+
+static int prepare_optim(struct tb_bell_job *j, const struct tb_json *root, struct tb_error *err)
+{
+    struct tb_optim_step *s = j->own = tb_arena_calloc(&j->arena, 1, sizeof(*s));
+    struct tb_json params;
+    int rc = tb_json_string(root, "model_id", false, &j->arena, TB_MAX_ID, &j->model_id, err);
+    j->echo = j->model_id;
+    if (!j->model_id) j->model_id = "base";
+    *s = (struct tb_optim_step){.type = "adamw",
+                                .learning_rate = 5e-4,
+                                .beta1 = 0.9,
+                                .beta2 = 0.999,
+                                .eps = 1e-8,
+                                .weight_decay = 0.01};
+    if (rc == 0) rc = tb_json_object(root, "adam_params", false, &params, err);
+    if (rc) return rc;
+    const struct tb_json *from = params.v ? &params : root;
+    if ((rc = tb_json_double(from, "learning_rate", false, 0, 1e6, &s->learning_rate, err)) ||
+        (rc = tb_json_double(from, "beta1", false, 0, 1, &s->beta1, err)) ||
+        (rc = tb_json_double(from, "beta2", false, 0, 1, &s->beta2, err)) ||
+        (rc = tb_json_double(from, "eps", false, 0, 1e6, &s->eps, err)) ||
+        (rc = tb_json_double(from, "weight_decay", false, 0, 1e6, &s->weight_decay, err)))
+        return rc;
+    return 0;
+}
+
+static void stepped(struct tb_bell_job *j, const struct tb_op *op)
+{
+    const struct tb_optim_step *s = j->own;
+    struct tb_json_out o = tb_bell_result(j);
+    (void)op;
+    tb_jout_object(&o, "metrics");
+    tb_jout_double(&o, "learning_rate", s->learning_rate);
+    tb_jout_double(&o, "step_completed", 1);
+    tb_jout_object_end(&o);
+    tb_jout_str(&o, "model_id", j->model_id);
+    tb_jout_str(&o, "backend", "tinkerbell");
+    tb_jout_object_end(&o);
+    tb_bell_done(j);
+}
+
+static void step(struct tb_bell_job *j)
+{
+    struct tb_op *op = tb_bell_op(j, TB_OP_OPTIM_STEP);
+    op->u.optim_step = *(const struct tb_optim_step *)j->own;
+    tb_bell_adapter_changed(j->adapter);
+    tb_bell_run(j, op, stepped);
+}
+
+static void start_optim(struct tb_bell_job *j)
+{
+    tb_bell_with_adapter(j, j->model_id, step);
+}
+
+const struct tb_bell_kind tb_bell_optim_step = {"Optimizer step", prepare_optim, start_optim};
