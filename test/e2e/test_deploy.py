@@ -23,7 +23,7 @@ from tinker_raw import Raw
 from tinker import types
 
 NGINX = shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin")
-KEY, BODY_LIMIT = "tml-proxied", 256 << 20
+KEY, BODY_LIMIT, EVENTS = "tml-proxied", 256 << 20, 5
 
 needs_nginx = pytest.mark.skipif(not NGINX or not shutil.which("openssl"), reason="no nginx or no openssl here")
 
@@ -213,12 +213,12 @@ def test_plain_http_is_redirected(proxied):
 
 # ---------------------------------------------------------------------------------------------- what reaches the upstream
 class Upstream(http.server.ThreadingHTTPServer):
-    """Sends the first event of a stream, and the second when the test says so; tells the headers that came."""
+    """Sends each event of a stream when the test says so; tells the headers that came."""
 
     daemon_threads = True
 
     def __init__(self):
-        self.go_on, self.connections = threading.Event(), 0
+        self.go_on, self.connections = threading.Semaphore(0), 0
         super().__init__(("127.0.0.1", 0), Handler)
 
     def get_request(self):
@@ -243,9 +243,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.path == "/headers":
             self.chunk(str(self.headers).encode())
         else:
-            self.chunk(b"data: 1\n\n")
-            self.server.go_on.wait(60)
-            self.chunk(b"data: 2\n\n")
+            for i in range(EVENTS):
+                self.server.go_on.acquire(timeout=60)
+                self.chunk(b"data: %d\n\n" % i)
         self.chunk(b"")
 
 
@@ -264,14 +264,16 @@ def still(tmp_path_factory):
 @pytest.mark.parametrize("http2", [True, False])
 @pytest.mark.parametrize("path", ["/sse", "/ndjson"])
 def test_events_arrive_before_the_end(still, path, http2):
-    """The upstream does not send the second event before the first has arrived here."""
+    """The upstream does not send an event before the one before has arrived here."""
     httpx = pytest.importorskip("httpx")
-    still.upstream.go_on.clear()
+    still.upstream.go_on.release()  # nginx sends the headers with the first event
     with httpx.Client(http2=http2, verify=still.tls(), base_url=still.url, timeout=30) as http, http.stream("GET", path) as reply:
-        lines = reply.iter_lines()
-        assert next(lines) == "data: 1"
-        still.upstream.go_on.set()
-        assert [line for line in lines if line] == ["data: 2"]
+        lines = (line for line in reply.iter_lines() if line)
+        for i in range(EVENTS):
+            assert next(lines) == f"data: {i}"
+            if i + 1 < EVENTS:
+                still.upstream.go_on.release()
+        assert list(lines) == []
 
 
 @needs_nginx
