@@ -28,7 +28,9 @@ int tb_http_server_call(struct tb_http_server *s, enum tb_http_method method, co
         return tb_error_set(err, TB_ECANCELED, "the HTTP server is stopping");
     }
     if (body_len > s->options.max_body) {
-        return tb_error_set(err, TB_ETOOBIG, "request body is too large");
+        return tb_error_set(err, TB_ETOOBIG,
+                            "request body of %zu bytes is too large: the limit is %zu", body_len,
+                            s->options.max_body);
     }
     struct tb_http_exchange *x = tb_http_exchange_create(s);
     struct tb_http_request *req = &x->req;

@@ -13,6 +13,7 @@
 #include "http/parser.h"
 
 #include <llhttp.h>
+#include <stdio.h>
 #include <string.h>
 
 #include "http/internal.h"
@@ -48,6 +49,7 @@ struct tb_http_parser {
     bool resumed;  /* llhttp may have something to say without a further byte */
     int status;
     const char *error;
+    char too_big[128]; /* text of the error of a body */
 };
 
 static int refuse(struct tb_http_parser *p, int status, const char *text)
@@ -57,6 +59,15 @@ static int refuse(struct tb_http_parser *p, int status, const char *text)
         p->error = text;
     }
     return -1;
+}
+
+/* `so_far`: n bytes have arrived or are announced, and more may come. */
+static int refuse_body(struct tb_http_parser *p, uint64_t n, bool so_far)
+{
+    snprintf(p->too_big, sizeof(p->too_big),
+             "request body of %s%llu bytes is too large: the limit is %zu",
+             so_far ? "at least " : "", (unsigned long long)n, p->max_body);
+    return refuse(p, 413, p->too_big);
 }
 
 static int text_append(struct tb_http_parser *p, const char *at, size_t n)
@@ -145,10 +156,9 @@ static int on_headers_complete(llhttp_t *ll)
 static int on_chunk_header(llhttp_t *ll)
 {
     struct tb_http_parser *p = ll->data;
-    if (ll->content_length > p->max_body ||
-        p->x->req.body.n > p->max_body - (size_t)ll->content_length) {
-        return refuse(p, 413, "request body is too large");
-    }
+    uint64_t n;
+    if (__builtin_add_overflow(ll->content_length, p->x->req.body.n, &n)) n = UINT64_MAX;
+    if (n > p->max_body) return refuse_body(p, n, true);
     if (ll->content_length > 0) return 0;
     p->event = EVENT_LAST_CHUNK;
     return HPE_PAUSED;
@@ -171,9 +181,8 @@ static int on_body(llhttp_t *ll, const char *at, size_t n)
     struct tb_http_parser *p = ll->data;
     struct tb_http_exchange *x = p->x;
     size_t have = x->req.body.n, want;
-    if (!tb_add_size(have, n, &want) || want > p->max_body) {
-        return refuse(p, 413, "request body is too large");
-    }
+    if (!tb_add_size(have, n, &want)) want = SIZE_MAX;
+    if (want > p->max_body) return refuse_body(p, want, true);
     if (want > x->body_cap) {
         /* content_length is what is left of the body, or of this chunk. */
         bool chunked = ll->flags & F_CHUNKED;
@@ -338,9 +347,8 @@ static int headers_check(struct tb_http_parser *p, bool *expect)
     const char *why = tb_http_target_set(req, p->text, p->url_n);
     if (why) return refuse(p, 400, why);
     bool chunked = p->ll.flags & F_CHUNKED;
-    if (!chunked && p->ll.content_length > p->max_body) {
-        return refuse(p, 413, "request body is too large");
-    }
+    if (!chunked && p->ll.content_length > p->max_body)
+        return refuse_body(p, p->ll.content_length, false);
     *expect = *expect && (chunked || p->ll.content_length > 0);
     return 0;
 }
