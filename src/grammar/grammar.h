@@ -60,5 +60,7 @@ bool tb_grammar_final(const struct tb_grammar *g, uint32_t state);    /* and can
  * word i / 64. Borrowed until the next call. NULL: the states take more memory than a grammar may
  * have. */
 const uint64_t *tb_grammar_mask(struct tb_grammar *g, uint32_t state, uint32_t left);
+/* Its states take more than half of that: texts to come should have a new one. Any thread. */
+bool tb_grammar_worn(const struct tb_grammar *g);
 
 #endif

@@ -56,6 +56,10 @@ uint32_t tb_rule_set(struct tb_grammar *g, struct tb_byte_set s)
     uint32_t i = 0;
     while (i < g->n_sets && memcmp(&g->sets[i], &s, sizeof(s)) != 0)
         i++;
+    if (i == TB_GRAMMAR_MAX_SETS) {
+        g->failed = true;
+        return TB_NODE_EMPTY;
+    }
     if (i == g->n_sets) {
         if (g->n_sets == g->cap_sets) {
             g->cap_sets = g->cap_sets ? 2 * g->cap_sets : 32;
@@ -215,8 +219,9 @@ static void find_classes(struct tb_grammar *g)
 int tb_rules_finish(struct tb_grammar *g, uint32_t root, struct tb_error *err)
 {
     if (g->failed)
-        return tb_error_set(err, TB_ETOOBIG, "the grammar has more than %d rules",
-                            TB_GRAMMAR_MAX_NODES);
+        return tb_error_set(err, TB_ETOOBIG,
+                            "the grammar has more than %d rules or %d sets of bytes",
+                            TB_GRAMMAR_MAX_NODES, TB_GRAMMAR_MAX_SETS);
     find_shortest(g);
     if (g->nodes[root].shortest >= TB_GRAMMAR_NEVER)
         return tb_error_set(err, TB_EINVAL, "no finite text matches the schema");
@@ -224,7 +229,9 @@ int tb_rules_finish(struct tb_grammar *g, uint32_t root, struct tb_error *err)
         return tb_error_set(err, TB_EINVAL, "a part of the schema refers to itself only");
     find_classes(g);
     if (tb_states_start(g, root))
-        return tb_error_set(err, TB_ETOOBIG, "the grammar needs more than %d bytes",
-                            TB_GRAMMAR_MAX_BYTES);
+        return tb_error_set(err, TB_ETOOBIG,
+                            "the grammar needs more than %d bytes, or is in more than %d places "
+                            "at once",
+                            TB_GRAMMAR_MAX_BYTES, TB_GRAMMAR_MAX_WORK);
     return 0;
 }

@@ -18,8 +18,10 @@
 #include "util/mem.h"
 
 #define TB_GRAMMAR_MAX_NODES (1 << 18)
+#define TB_GRAMMAR_MAX_SETS  4096
 #define TB_GRAMMAR_MAX_DEPTH 512         /* frames in a stack before nesting is brought to an end */
 #define TB_GRAMMAR_MAX_BYTES (128 << 20) /* of frames and states */
+#define TB_GRAMMAR_MAX_WORK  (1 << 22)   /* frames looked at for one mask */
 #define TB_GRAMMAR_MASKS     128         /* masks kept */
 #define TB_GRAMMAR_NEVER     (1u << 30)  /* the shortest text of a rule that never ends */
 #define TB_GRAMMAR_UNBOUNDED UINT32_MAX
@@ -49,6 +51,7 @@ struct tb_frame {
     uint32_t node, count, up; /* count: repetitions done */
     uint32_t rest;            /* bytes of the shortest match of this frame and those after it */
     uint32_t depth;
+    uint32_t seen; /* the step that came here last */
 };
 
 struct tb_state {
@@ -72,7 +75,9 @@ struct tb_u32s {
 struct tb_grammar {
     _Atomic int refs;
     struct tb_vocab *vocab;
-    bool failed; /* memory ran out, or a limit was met */
+    bool failed;       /* memory ran out, or a limit was met */
+    _Atomic bool full; /* half of the memory for states is used */
+    _Atomic bool worn;
 
     struct tb_node *nodes;
     uint32_t n_nodes, cap_nodes;
@@ -91,6 +96,7 @@ struct tb_grammar {
     struct tb_u32s members;        /* of all states: frames at BYTES, ascending */
     struct tb_u32s closure, queue; /* scratch */
     size_t bytes;                  /* of next tables */
+    uint32_t step, work;           /* number of the step; frames looked at since the mask began */
     uint32_t start;
 
     uint64_t *masks; /* [TB_GRAMMAR_MASKS + 1][words], the last for masks that are not kept */
@@ -123,6 +129,7 @@ int tb_rules_finish(struct tb_grammar *g, uint32_t root, struct tb_error *err);
 /* ---- states.c */
 int tb_states_start(struct tb_grammar *g, uint32_t root);
 uint32_t tb_states_step(struct tb_grammar *g, uint32_t state, unsigned char byte);
+size_t tb_states_bytes(const struct tb_grammar *g); /* of frames and states */
 
 /* ---- vocab.c */
 struct tb_vocab {

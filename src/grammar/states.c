@@ -8,7 +8,7 @@
 
 #define UNKNOWN UINT32_MAX
 
-static size_t held(const struct tb_grammar *g)
+size_t tb_states_bytes(const struct tb_grammar *g)
 {
     return g->bytes + (size_t)g->cap_frames * sizeof(*g->frames) +
            (size_t)g->cap_states * sizeof(*g->states) + (size_t)g->members.cap * sizeof(uint32_t) +
@@ -20,7 +20,7 @@ static bool grow(struct tb_grammar *g, void **p, uint32_t n, uint32_t *cap, size
 {
     if (n < *cap) return true;
     uint32_t more = *cap ? 2 * *cap : 64;
-    if (held(g) + (more - *cap) * size > TB_GRAMMAR_MAX_BYTES) {
+    if (tb_states_bytes(g) + (more - *cap) * size > TB_GRAMMAR_MAX_BYTES) {
         g->failed = true;
         return false;
     }
@@ -48,7 +48,7 @@ static bool table_room(struct tb_grammar *g, struct tb_table *t,
 {
     if (2 * (t->n + 1) <= t->cap) return true;
     uint32_t cap = t->cap ? 2 * t->cap : 128;
-    if (held(g) + cap * sizeof(uint32_t) > TB_GRAMMAR_MAX_BYTES) {
+    if (tb_states_bytes(g) + cap * sizeof(uint32_t) > TB_GRAMMAR_MAX_BYTES) {
         g->failed = true;
         return false;
     }
@@ -232,7 +232,7 @@ uint32_t tb_states_step(struct tb_grammar *g, uint32_t state, unsigned char byte
     uint32_t *next = g->states[state].next;
     if (!next) {
         size_t size = g->n_classes * sizeof(*next);
-        if (held(g) + size > TB_GRAMMAR_MAX_BYTES) {
+        if (tb_states_bytes(g) + size > TB_GRAMMAR_MAX_BYTES) {
             g->failed = true;
             return 0;
         }

@@ -184,6 +184,8 @@ const uint64_t *tb_grammar_mask(struct tb_grammar *g, uint32_t state, uint32_t l
     struct tb_state *s = &g->states[state];
     if (s->mask && g->mask_most[s->mask - 1] < left) return g->masks + (s->mask - 1) * words;
     uint32_t most = fill(g, state, left, g->masks + TB_GRAMMAR_MASKS * words);
+    if (g->failed || tb_states_bytes(g) > TB_GRAMMAR_MAX_BYTES / 2)
+        atomic_store_explicit(&g->worn, true, memory_order_relaxed);
     if (g->failed) return NULL;
     s = &g->states[state];
     if (most >= left || s->mask) return g->masks + TB_GRAMMAR_MASKS * words;
@@ -195,4 +197,9 @@ const uint64_t *tb_grammar_mask(struct tb_grammar *g, uint32_t state, uint32_t l
     s->mask = slot + 1;
     memcpy(g->masks + slot * words, g->masks + TB_GRAMMAR_MASKS * words, words * sizeof(uint64_t));
     return g->masks + slot * words;
+}
+
+bool tb_grammar_worn(const struct tb_grammar *g)
+{
+    return atomic_load_explicit(&g->worn, memory_order_relaxed);
 }

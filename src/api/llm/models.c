@@ -68,14 +68,19 @@ int tb_llm_models_create(struct tb_api *a, const char *const *renderers, struct 
     return rc;
 }
 
+static void drop(struct kept *x)
+{
+    tb_grammar_unref(x->g.g);
+    tb_free(x->schema);
+    *x = (struct kept){0};
+}
+
 void tb_llm_models_destroy(struct tb_llm_models *l)
 {
     for (int i = 0; l && i < l->n; i++) {
         struct keep *k = l->m[i].keep;
-        for (int j = 0; j < KEPT; j++) {
-            tb_grammar_unref(k->kept[j].g.g);
-            tb_free(k->kept[j].schema);
-        }
+        for (int j = 0; j < KEPT; j++)
+            drop(&k->kept[j]);
         tb_vocab_unref(k->vocab);
         uv_mutex_destroy(&k->lock);
         tb_free(k);
@@ -116,10 +121,10 @@ const struct tb_renderer *tb_llm_model_renderer(const struct tb_llm_model *m)
 
 /* ---- grammars */
 
-static const struct kept *find_kept(const struct keep *k, bool json, struct tb_span schema)
+static struct kept *find_kept(struct keep *k, bool json, struct tb_span schema)
 {
     for (int i = 0; i < KEPT; i++) {
-        const struct kept *x = &k->kept[i];
+        struct kept *x = &k->kept[i];
         if (!x->g.g || json != !x->schema) continue;
         if (json || (x->n == schema.n && memcmp(x->schema, schema.p, schema.n) == 0)) return x;
     }
@@ -138,8 +143,7 @@ static int make(const struct tb_llm_model *m, bool json, struct tb_span schema,
     out->start = tb_grammar_start(out->g);
     out->shortest = tb_grammar_shortest(out->g);
     struct kept *x = &k->kept[k->n_kept++ % KEPT];
-    tb_grammar_unref(x->g.g);
-    tb_free(x->schema);
+    drop(x);
     tb_grammar_ref(out->g);
     *x = (struct kept){json ? NULL : tb_strndup(schema.p, schema.n), schema.n, *out};
     return 0;
@@ -152,7 +156,11 @@ int tb_llm_grammar_get(const struct tb_llm_model *m, bool json, struct tb_span s
     if (!m->info.text)
         return tb_error_set(err, TB_EUNSUPPORTED, "%s has no tokenizer.json", m->info.name);
     uv_mutex_lock(&m->keep->lock);
-    const struct kept *x = find_kept(m->keep, json, schema);
+    struct kept *x = find_kept(m->keep, json, schema);
+    if (x && tb_grammar_worn(x->g.g)) { /* it would fail before long */
+        drop(x);
+        x = NULL;
+    }
     if (x) {
         *out = x->g;
         tb_grammar_ref(out->g);

@@ -281,6 +281,24 @@ static void test_memory_is_bounded(void **state)
     for (int i = 0; s && i < 1000000; i++)
         s = tb_grammar_feed(g, s, tb_span_str("a"));
     if (s == 0) assert_null(tb_grammar_mask(g, tb_grammar_start(g), 10));
+    assert_int_equal(tb_grammar_worn(g), s == 0);
+    tb_grammar_unref(g);
+}
+
+/* A grammar that served many texts says so while it still serves. */
+static void test_worn_before_it_fails(void **state)
+{
+    struct tb_grammar *g =
+        make("{\"type\":\"string\",\"minLength\":1000000,\"maxLength\":1000000}");
+    uint32_t s = tb_grammar_feed(g, tb_grammar_start(g), tb_span_str("\""));
+    assert_non_null(tb_grammar_mask(g, s, UINT32_MAX));
+    assert_false(tb_grammar_worn(g));
+    for (int n = 0; n < 1000000 && !tb_grammar_worn(g); n += 1000) {
+        for (int i = 0; i < 1000; i++)
+            s = tb_grammar_feed(g, s, tb_span_str("a"));
+        assert_non_null(tb_grammar_mask(g, s, UINT32_MAX));
+    }
+    assert_true(tb_grammar_worn(g));
     tb_grammar_unref(g);
 }
 
@@ -293,6 +311,7 @@ int main(void)
         cmocka_unit_test(test_nesting_ends),
         cmocka_unit_test(test_refused),
         cmocka_unit_test(test_memory_is_bounded),
+        cmocka_unit_test(test_worn_before_it_fails),
     };
     return cmocka_run_group_tests(tests, setup, teardown);
 }
