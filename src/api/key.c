@@ -122,7 +122,7 @@ static struct tb_span key_of(struct tb_arena *a, struct tb_span given)
     return decode(a, last, &key) ? key : given;
 }
 
-/* Takes the time of the longer text, wherever they differ. */
+/* Takes the time of what was given, wherever they differ. */
 static bool same_key(struct tb_span given, const char *key)
 {
     size_t n = strlen(key);
