@@ -57,11 +57,19 @@ static int prepare(struct tb_store *s, struct tb_job *j, const struct tb_tinker_
                    bool *there)
 {
     const struct tb_ckpt_copy *c = &j->copy;
-    struct tb_error none = {0};
-    *there = tb_ckpt_find_live(s, &j->arena, to, c->tenant, false, &j->ckpt, &none) == 0;
-    if (*there) return 0;
-    if (none.code != TB_ENOTFOUND) return tb_error_set(&j->err, none.code, "%s", none.msg);
-    int rc = tb_ckpt_find_live(s, &j->arena, &j->path, c->reader, true, &j->ckpt, &j->err);
+    struct tb_ckpt_row old;
+    bool found;
+    *there = false;
+    int rc = tb_ckpt_find_row(s, &j->arena, to, &old, &found, &j->err);
+    if (rc) return rc;
+    if (found && strcmp(old.tenant, c->tenant) != 0) /* ids made of keys may meet */
+        return tb_error_set(&j->err, TB_EEXIST, "%s is taken; copy with another key", j->text[0]);
+    if (found && !tb_ckpt_expired(&old, tb_clock_wall_us())) {
+        j->ckpt = old;
+        *there = true;
+        return 0;
+    }
+    rc = tb_ckpt_find_live(s, &j->arena, &j->path, c->reader, true, &j->ckpt, &j->err);
     if (rc) return rc;
     j->ckpt.run_id = c->run_id;
     j->ckpt.tenant = c->tenant;

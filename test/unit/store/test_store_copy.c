@@ -243,6 +243,9 @@ static void test_tenants(void **state)
     assert_int_equal(copy_as(&loop, s, "us", "them", path, "b").err.code, 0);
     assert_int_equal(get_as(&loop, s, "them", "tinker://b/weights/c").err.code, 0);
     assert_int_equal(get_as(&loop, s, "us", "tinker://b/weights/c").err.code, TB_ENOTFOUND);
+    /* an id that meets another tenant's takes nothing from them */
+    assert_int_equal(copy_as(&loop, s, "us", "us", path, "b").err.code, TB_EEXIST);
+    assert_int_equal(get_as(&loop, s, "them", "tinker://b/weights/c").err.code, 0);
     /* published: read by all, changed by its owner */
     assert_int_equal(publish_as(&loop, s, "us", path, true), 0);
     assert_int_equal(get_as(&loop, s, "them", path).err.code, 0);
