@@ -75,8 +75,7 @@ struct tb_u32s {
 struct tb_grammar {
     _Atomic int refs;
     struct tb_vocab *vocab;
-    bool failed;       /* memory ran out, or a limit was met */
-    _Atomic bool full; /* half of the memory for states is used */
+    bool failed; /* memory ran out, or a limit was met */
     _Atomic bool worn;
 
     struct tb_node *nodes;

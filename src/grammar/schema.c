@@ -11,8 +11,13 @@
 #include "util/limits.h"
 #include "wire/json.h"
 
-#define MAX_TEXT   (1 << 20)
-#define MAX_LENGTH (1 << 20) /* characters, items */
+#define MAX_TEXT    (1 << 20)
+#define MAX_LENGTH  (1 << 20) /* characters, items */
+#define MAX_DEPTH   256       /* schemas in schemas, through $ref too */
+#define MAX_MEMBERS 1024      /* of an object */
+#define MAX_KEY     1024      /* bytes of a name that other names are told from */
+#define MAX_ONE_OF  64
+#define MAX_REFS    4096
 
 struct ref { /* a place that $ref names */
     struct ref *next;
@@ -26,6 +31,7 @@ struct schema {
     struct tb_json_doc doc;
     struct tb_arena arena;
     struct ref *refs;
+    int depth, n_refs;
     struct tb_error *err;
 };
 
@@ -122,18 +128,18 @@ static int compile_any_of(struct schema *s, const struct tb_json *at, uint32_t *
 
 /* ---- $ref: "#", or a JSON pointer within the document */
 
-static bool same_name(const char *p, size_t n, const char *key)
+/* A part of a pointer as the key that it stands for. */
+static const char *unescape(struct schema *s, const char *p, size_t n)
 {
-    for (; n; n--, p++, key++) {
-        char c = *p;
-        if (c == '~' && n > 1) {
-            c = p[1] == '1' ? '/' : '~';
-            p++;
-            n--;
-        }
-        if (c != *key) return false;
+    char *key = tb_arena_strndup(&s->arena, p, n), *to = key;
+    for (const char *c = key; *c; c++) {
+        if (c[0] == '~' && (c[1] == '0' || c[1] == '1'))
+            *to++ = *++c == '1' ? '/' : '~';
+        else
+            *to++ = *c;
     }
-    return *key == 0;
+    *to = 0;
+    return key;
 }
 
 /* Walks the pointer path; *way[n] is the place. Returns n, or -1 when it is not there. */
@@ -142,16 +148,11 @@ static int find_place(struct schema *s, const char *path, struct tb_json way[TB_
     int n = 0;
     way[0] = s->doc.root;
     if (*path++ != '#' || (*path && *path != '/')) return -1;
-    while (*path == '/') {
-        const char *end = path + 1 + strcspn(path + 1, "/");
-        void *it = NULL;
-        bool found = false;
-        if (n == TB_MAX_JSON_DEPTH) return -1;
-        while (!found && tb_json_is_object(&way[n]) && tb_json_next(&way[n], &it, &way[n + 1]))
-            found = same_name(path + 1, (size_t)(end - path - 1), way[n + 1].key);
-        if (!found) return -1;
-        n++;
-        path = end;
+    for (; *path == '/'; n++) {
+        size_t len = strcspn(path + 1, "/");
+        const char *key = unescape(s, path + 1, len);
+        if (n == TB_MAX_JSON_DEPTH || !tb_json_find(&way[n], key, &way[n + 1])) return -1;
+        path += 1 + len;
     }
     return n;
 }
@@ -172,6 +173,9 @@ static int compile_ref(struct schema *s, const struct tb_json *at, uint32_t *out
             return 0;
         }
     }
+    if (s->n_refs++ == MAX_REFS)
+        return tb_json_fail(at, s->err, TB_ETOOBIG, "there are more than %d places that $ref names",
+                            MAX_REFS);
     struct ref *r = tb_arena_alloc(&s->arena, sizeof(*r));
     *r = (struct ref){s->refs, way[n].v, tb_rule_ref(s->g)};
     s->refs = r;
@@ -290,6 +294,40 @@ static int compile_string(struct schema *s, const struct tb_json *at, uint32_t *
     return rc ? tb_json_fail(at, s->err, rc, "%s", e.msg) : 0;
 }
 
+/* Adds the numbers with a fraction whose size is from lo (`above`: more than lo) to hi: whole
+ * numbers with all of the way to the next one between lo and hi, and any digits behind the point.
+ */
+static void fractions(struct schema *s, const char *sign, double lo, bool above, double hi,
+                      uint32_t *out, uint32_t *n)
+{
+    const double most = (double)TB_JSON_INTEGER_MAX;
+    uint32_t any = tb_rule_range(s->g, '0', '9');
+    if (lo < 0) {
+        lo = 0;
+        above = false;
+    }
+    if (lo > most || hi < 1) return;
+    int64_t from = (int64_t)lo, to = (hi > most ? TB_JSON_INTEGER_MAX : (int64_t)hi) - 1;
+    if ((double)from < lo) {
+        from++;
+        above = false;
+    }
+    if (above && from <= to) { /* lo itself may not be written with zeros */
+        uint32_t rest =
+            tb_rule_seq(s->g, tb_rule_range(s->g, '1', '9'), tb_rule_repeat(s->g, any, 0, 7));
+        rest = tb_rule_seq(s->g, tb_rule_repeat(s->g, text(s, "0"), 0, 7), rest);
+        rest = tb_rule_seq(s->g, text(s, "."), rest);
+        rest = tb_rule_seq(s->g, tb_json_rule_integer(s->g, from, from), rest);
+        *out = alt(s, (*n)++, *out, tb_rule_seq(s->g, text(s, sign), rest));
+        from++;
+    }
+    if (from <= to) {
+        uint32_t rest = tb_rule_seq(s->g, text(s, "."), tb_rule_repeat(s->g, any, 1, 15));
+        rest = tb_rule_seq(s->g, tb_json_rule_integer(s->g, from, to), rest);
+        *out = alt(s, (*n)++, *out, tb_rule_seq(s->g, text(s, sign), rest));
+    }
+}
+
 static int compile_number(struct schema *s, const struct tb_json *at, bool whole, uint32_t *out)
 {
     const double none = DBL_MAX, most = (double)TB_JSON_INTEGER_MAX;
@@ -310,21 +348,13 @@ static int compile_number(struct schema *s, const struct tb_json *at, bool whole
     int64_t to = b < -most ? -TB_JSON_INTEGER_MAX : b > most ? TB_JSON_INTEGER_MAX : (int64_t)b;
     if ((double)from < a || ((double)from == above && above >= lo)) from++;
     if ((double)to > b || ((double)to == below && below <= hi)) to--;
-    bool any = from <= to && a <= most && b >= -most;
-    if (any) *out = tb_json_rule_integer(s->g, from, to);
-    if (!whole) { /* and with a fraction: away from zero, short of the next whole number */
-        uint32_t fraction = tb_rule_seq(s->g, text(s, "."),
-                                        tb_rule_repeat(s->g, tb_rule_range(s->g, '0', '9'), 1, 15));
-        if (any && to > 0 && TB_MAX(from, 0) <= to - 1) {
-            uint32_t part = tb_json_rule_integer(s->g, TB_MAX(from, 0), to - 1);
-            *out = tb_rule_alt(s->g, *out, tb_rule_seq(s->g, part, fraction));
-        }
-        if (any && from < 0 && from + 1 <= TB_MIN(to, -1)) {
-            uint32_t part = tb_json_rule_integer(s->g, from + 1, TB_MIN(to, -1));
-            *out = tb_rule_alt(s->g, *out, tb_rule_seq(s->g, part, fraction));
-        }
+    uint32_t n = from <= to && a <= most && b >= -most;
+    if (n) *out = tb_json_rule_integer(s->g, from, to);
+    if (!whole) {
+        fractions(s, "", a, above >= lo, b, out, &n);
+        fractions(s, "-", -b, below <= hi, -a, out, &n);
     }
-    if (!any)
+    if (n == 0)
         return tb_json_fail(at, s->err, TB_EUNSUPPORTED,
                             "no whole number lies between its minimum and maximum");
     return 0;
@@ -433,7 +463,11 @@ static int compile_object(struct schema *s, const struct tb_json *at, uint32_t *
     if (has_required && !tb_json_is_array(&required))
         return tb_json_fail(&required, s->err, TB_EINVAL, "is not an array of names");
     size_t n_listed = has_properties ? tb_json_len(&properties) : 0, n = 0;
-    size_t cap = n_listed + (has_required ? tb_json_len(&required) : 0);
+    size_t n_required = has_required ? tb_json_len(&required) : 0, cap = n_listed + n_required;
+    if (n_listed > MAX_MEMBERS || n_required > MAX_MEMBERS)
+        return tb_json_fail(at, s->err, TB_ETOOBIG,
+                            "%zu properties, %zu of them required, are more than %d", n_listed,
+                            n_required, MAX_MEMBERS);
     const char **names = tb_arena_calloc(&s->arena, cap + 1, sizeof(*names));
     uint32_t *members = tb_arena_calloc(&s->arena, cap + 1, sizeof(*members));
     bool *must = tb_arena_calloc(&s->arena, cap + 1, sizeof(*must));
@@ -447,7 +481,7 @@ static int compile_object(struct schema *s, const struct tb_json *at, uint32_t *
             (rc = member(s, &one, one.key, value, &members[n++])))
             return rc;
     }
-    for (size_t i = 0; has_required && i < tb_json_len(&required); i++) {
+    for (size_t i = 0; i < n_required; i++) {
         const char *name = json_string_value(json_array_get(required.v, i));
         if (!name) return tb_json_fail(&required, s->err, TB_EINVAL, "is not an array of names");
         size_t k = 0;
@@ -466,6 +500,12 @@ static int compile_object(struct schema *s, const struct tb_json *at, uint32_t *
     if (free_members) {
         uint32_t value = s->r.value;
         if (has_extra && !json_is_true(extra.v) && (rc = compile(s, &extra, &value))) return rc;
+        for (size_t i = 0; i < n; i++)
+            if (strlen(names[i]) > MAX_KEY)
+                return tb_json_fail(at, s->err, TB_ETOOBIG,
+                                    "a name of %zu bytes is longer than %d, beside others that "
+                                    "are not listed",
+                                    strlen(names[i]), MAX_KEY);
         uint32_t key = tb_rule_seq(s->g, text(s, "\""), other_key(s, names, n, 0));
         if (n == 0) key = s->r.string;
         uint32_t m =
@@ -549,12 +589,17 @@ static int compile_types(struct schema *s, const struct tb_json *at, uint32_t *o
 }
 
 /* The one keyword that alone says what a value is; others beside it could not be enforced. */
-static int compile(struct schema *s, const struct tb_json *at, uint32_t *out)
+static int compile_schema(struct schema *s, const struct tb_json *at, uint32_t *out)
 {
     static const char *const whole[] = {"$ref", "const", "enum", "anyOf", "oneOf", "allOf"};
-    static const char *const typed[] = {"properties", "items",     "prefixItems",
-                                        "pattern",    "required",  "minimum",
-                                        "maximum",    "minLength", "maxLength"};
+    static const char *const typed[] = {"properties",       "additionalProperties",
+                                        "required",         "items",
+                                        "prefixItems",      "minItems",
+                                        "maxItems",         "uniqueItems",
+                                        "pattern",          "format",
+                                        "minLength",        "maxLength",
+                                        "minimum",          "maximum",
+                                        "exclusiveMinimum", "exclusiveMaximum"};
     *out = s->r.value;
     if (json_is_true(at->v)) return 0;
     if (!tb_json_is_object(at))
@@ -583,6 +628,8 @@ static int compile(struct schema *s, const struct tb_json *at, uint32_t *out)
     if (strcmp(one, "const") == 0) return literal(s, &v, v.v, out);
     if (strcmp(one, "enum") == 0) return compile_enum(s, &v, out);
     if (strcmp(one, "anyOf") == 0) return compile_any_of(s, &v, out);
+    if (strcmp(one, "oneOf") == 0 && tb_json_len(&v) > MAX_ONE_OF)
+        return tb_json_fail(&v, s->err, TB_ETOOBIG, "has more than %d schemas", MAX_ONE_OF);
     if (strcmp(one, "oneOf") == 0 && !exclusive(s, v.v))
         return tb_json_fail(&v, s->err, TB_EUNSUPPORTED,
                             "cannot be enforced where two alternatives may both match; use anyOf");
@@ -590,6 +637,17 @@ static int compile(struct schema *s, const struct tb_json *at, uint32_t *out)
         return tb_json_fail(&v, s->err, TB_EUNSUPPORTED,
                             "cannot be enforced with other than one schema in it");
     return compile_any_of(s, &v, out);
+}
+
+static int compile(struct schema *s, const struct tb_json *at, uint32_t *out)
+{
+    if (s->depth == MAX_DEPTH)
+        return tb_json_fail(at, s->err, TB_ETOOBIG,
+                            "schemas are nested deeper than %d through their $refs", MAX_DEPTH);
+    s->depth++;
+    int rc = compile_schema(s, at, out);
+    s->depth--;
+    return rc;
 }
 
 int tb_grammar_create_schema(struct tb_vocab *v, struct tb_span schema, struct tb_grammar **out,

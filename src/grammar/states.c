@@ -98,12 +98,23 @@ static uint32_t frame(struct tb_grammar *g, uint32_t node, uint32_t count, uint3
     return g->n_frames++;
 }
 
+/* Queues frame f, once in a step. */
+static void visit(struct tb_grammar *g, uint32_t f)
+{
+    if (g->frames[f].seen == g->step) return;
+    g->frames[f].seen = g->step;
+    if (++g->work > TB_GRAMMAR_MAX_WORK)
+        g->failed = true;
+    else
+        push(g, &g->queue, f);
+}
+
 /* Adds what begins with frame f to the closure: the frames at BYTES that it may come to, and frame
  * 0 when the text may end. In a deep stack only the shortest way is left, so that nesting ends. */
 static void expand(struct tb_grammar *g, uint32_t f)
 {
     g->queue.n = 0;
-    push(g, &g->queue, f);
+    visit(g, f);
     for (uint32_t i = 0; i < g->queue.n; i++) {
         uint32_t at = g->queue.p[i];
         struct tb_frame fr = g->frames[at];
@@ -148,11 +159,7 @@ static void expand(struct tb_grammar *g, uint32_t f)
             break;
         }
         for (uint32_t k = 0; k < n_to; k++) {
-            if (to[k] == 0) continue;
-            uint32_t j = 0;
-            while (j < g->queue.n && g->queue.p[j] != to[k])
-                j++;
-            if (j == g->queue.n) push(g, &g->queue, to[k]);
+            if (to[k] != 0) visit(g, to[k]);
         }
     }
 }
@@ -220,6 +227,7 @@ int tb_states_start(struct tb_grammar *g, uint32_t root)
     memset(&g->states[0], 0, sizeof(g->states[0]));
     g->n_frames = g->n_states = 1;
     g->closure.n = 0;
+    g->step = 1;
     expand(g, frame(g, root, 0, 0));
     g->start = intern(g);
     return g->failed || g->start == 0 ? TB_ETOOBIG : 0;
@@ -242,6 +250,7 @@ uint32_t tb_states_step(struct tb_grammar *g, uint32_t state, unsigned char byte
     }
     if (next[class] != UNKNOWN) return next[class];
     g->closure.n = 0;
+    g->step++;
     struct tb_state s = g->states[state];
     for (uint32_t i = 0; i < s.n; i++) {
         const struct tb_frame *f = &g->frames[g->members.p[s.first + i]];

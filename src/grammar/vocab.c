@@ -118,6 +118,7 @@ uint32_t tb_grammar_shortest(const struct tb_grammar *g)
 
 uint32_t tb_grammar_feed(struct tb_grammar *g, uint32_t state, struct tb_span bytes)
 {
+    g->work = 0;
     for (size_t i = 0; i < bytes.n && state; i++)
         state = tb_states_step(g, state, (unsigned char)bytes.p[i]);
     return state;
@@ -151,6 +152,7 @@ static uint32_t fill(struct tb_grammar *g, uint32_t state, uint32_t left, uint64
     uint32_t most = 0;
     memset(mask, 0, ((size_t)v->n + 63) / 64 * sizeof(*mask));
     g->path[0] = state;
+    g->work = 0;
     for (int32_t i = 0; i < v->n_text; i++) {
         size_t at = v->shared[i];
         if (at >= dead) continue;
@@ -176,11 +178,9 @@ static uint32_t fill(struct tb_grammar *g, uint32_t state, uint32_t left, uint64
 const uint64_t *tb_grammar_mask(struct tb_grammar *g, uint32_t state, uint32_t left)
 {
     size_t words = ((size_t)g->vocab->n + 63) / 64;
-    if (!g->masks) {
-        g->masks = tb_try_calloc((TB_GRAMMAR_MASKS + 1) * words, sizeof(*g->masks));
-        g->path = tb_try_calloc((size_t)g->vocab->longest + 1, sizeof(*g->path));
-        if (!g->masks || !g->path) return NULL;
-    }
+    if (!g->masks) g->masks = tb_try_calloc((TB_GRAMMAR_MASKS + 1) * words, sizeof(*g->masks));
+    if (!g->path) g->path = tb_try_calloc((size_t)g->vocab->longest + 1, sizeof(*g->path));
+    if (!g->masks || !g->path) return NULL;
     struct tb_state *s = &g->states[state];
     if (s->mask && g->mask_most[s->mask - 1] < left) return g->masks + (s->mask - 1) * words;
     uint32_t most = fill(g, state, left, g->masks + TB_GRAMMAR_MASKS * words);

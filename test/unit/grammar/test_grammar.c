@@ -6,6 +6,7 @@
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -94,6 +95,15 @@ static const struct text TEXTS[] = {
     {"{\"type\":\"number\",\"exclusiveMinimum\":-2.5,\"maximum\":-1}",
      {"-2", "-1.75", "-1"},
      {"-2.5", "-0.5", "0", "-3", "-2.25"}},
+    {"{\"type\":\"number\",\"minimum\":0,\"exclusiveMaximum\":1}",
+     {"0", "0.5", "0.0", "0.999"},
+     {"1", "1.0", "-0.5", "-0.0", "2"}},
+    {"{\"type\":\"number\",\"exclusiveMinimum\":0}",
+     {"0.5", "0.01", "1", "12.75", "1.0"},
+     {"0", "0.0", "0.00", "-1", "-0.5"}},
+    {"{\"type\":\"number\",\"minimum\":-1,\"exclusiveMaximum\":0}",
+     {"-1", "-0.5", "-0.01"},
+     {"0", "-0.0", "-1.5", "0.5", "-2"}},
     {"{\"type\":[\"boolean\",\"null\"]}", {"true", "false", "null"}, {"0", "nul", "\"true\""}},
     {"{\"$defs\":{\"t\":{\"type\":\"object\",\"properties\":{\"v\":{\"type\":\"integer\"},"
      "\"c\":{\"type\":\"array\",\"items\":{\"$ref\":\"#/$defs/t\"}}},\"required\":[\"v\",\"c\"]}},"
@@ -263,6 +273,8 @@ static void test_refused(void **state)
         {"{\"allOf\":[{\"type\":\"string\"},{\"type\":\"string\"}]}", "allOf", TB_EUNSUPPORTED},
         {"{\"type\":\"integer\",\"minimum\":5,\"maximum\":4}", "no whole number", TB_EUNSUPPORTED},
         {"{\"enum\":[]}", "enum", TB_EINVAL},
+        {"{\"anyOf\":[{\"type\":\"array\"}],\"minItems\":1}", "anyOf beside minItems",
+         TB_EUNSUPPORTED},
     };
     for (size_t i = 0; i < TB_ARRAY_LEN(bad); i++) {
         struct tb_grammar *g = NULL;
@@ -271,6 +283,63 @@ static void test_refused(void **state)
         if (rc != bad[i].code || !strstr(e.msg, bad[i].says))
             fail_msg("%s: %d \"%s\"", bad[i].schema, rc, e.msg);
     }
+}
+
+/* What would take a stack, or hours, is refused. */
+static void refused(struct tb_buf *schema, const char *says)
+{
+    struct tb_grammar *g = NULL;
+    struct tb_error e = {0};
+    int rc = tb_grammar_create_schema(vocab, (struct tb_span){schema->p, schema->n}, &g, &e);
+    if (rc != TB_ETOOBIG || !strstr(e.msg, says)) fail_msg("%s: %d \"%s\"", says, rc, e.msg);
+    tb_buf_fini(schema);
+}
+
+static void test_limits(void **state)
+{
+    struct tb_buf b;
+    tb_buf_init(&b, 1 << 20);
+    tb_buf_puts(&b, "{\"$defs\":{");
+    for (int i = 0; i < 20000; i++)
+        tb_buf_printf(&b, "\"%d\":{\"$ref\":\"#/$defs/%d\"},", i, i + 1);
+    tb_buf_puts(&b, "\"20000\":{\"type\":\"null\"}},\"$ref\":\"#/$defs/0\"}");
+    refused(&b, "nested deeper");
+
+    tb_buf_init(&b, 1 << 20);
+    tb_buf_puts(&b, "{\"properties\":{\"");
+    for (int i = 0; i < 500000; i++)
+        tb_buf_puts(&b, "k");
+    tb_buf_puts(&b, "\":true},\"additionalProperties\":true}");
+    refused(&b, "500000 bytes");
+
+    tb_buf_init(&b, 1 << 20);
+    tb_buf_puts(&b, "{\"properties\":{\"\":true");
+    for (int i = 0; i < 1024; i++)
+        tb_buf_printf(&b, ",\"%d\":true", i);
+    tb_buf_puts(&b, "}}");
+    refused(&b, "1025 properties");
+
+    struct tb_grammar *g = make("{\"type\":\"string\",\"pattern\":\"^((a?){1,10000}){1,10000}$\"}");
+    assert_int_equal(tb_grammar_feed(g, tb_grammar_start(g), tb_span_str("\"")), 0);
+    assert_null(tb_grammar_mask(g, tb_grammar_start(g), 10));
+    tb_grammar_unref(g);
+}
+
+/* Values by the thousand are no work to speak of. */
+static void test_large_enum(void **state)
+{
+    struct tb_buf b;
+    tb_buf_init(&b, 1 << 20);
+    tb_buf_puts(&b, "{\"type\":\"array\",\"items\":{\"enum\":[0");
+    for (int i = 1; i < 10000; i++)
+        tb_buf_printf(&b, ",\"v%d\"", i);
+    tb_buf_puts(&b, "]}}");
+    struct tb_grammar *g = make(b.p);
+    assert_true(matches(g, "[\"v1\",\"v9999\",0]"));
+    assert_false(matches(g, "[\"v10000\"]"));
+    assert_non_null(tb_grammar_mask(g, tb_grammar_start(g), 100));
+    tb_grammar_unref(g);
+    tb_buf_fini(&b);
 }
 
 static void test_memory_is_bounded(void **state)
@@ -310,6 +379,8 @@ int main(void)
         cmocka_unit_test(test_random_texts_end_in_time),
         cmocka_unit_test(test_nesting_ends),
         cmocka_unit_test(test_refused),
+        cmocka_unit_test(test_limits),
+        cmocka_unit_test(test_large_enum),
         cmocka_unit_test(test_memory_is_bounded),
         cmocka_unit_test(test_worn_before_it_fails),
     };
