@@ -131,44 +131,58 @@ static struct kept *find_kept(struct keep *k, bool json, struct tb_span schema)
     return NULL;
 }
 
-static int make(const struct tb_llm_model *m, bool json, struct tb_span schema,
-                struct tb_llm_grammar *out, struct tb_error *err)
+/* The kept one, with a reference; false when there is none. */
+static bool take_kept(struct keep *k, bool json, struct tb_span schema, struct tb_llm_grammar *out)
 {
-    struct keep *k = m->keep;
-    int rc = k->vocab ? 0 : tb_vocab_create(m->info.text, m->info.vocab, &k->vocab, err);
-    if (rc) return rc;
-    rc = json ? tb_grammar_create_json(k->vocab, &out->g, err)
-              : tb_grammar_create_schema(k->vocab, schema, &out->g, err);
-    if (rc) return rc;
-    out->start = tb_grammar_start(out->g);
-    out->shortest = tb_grammar_shortest(out->g);
-    struct kept *x = &k->kept[k->n_kept++ % KEPT];
-    drop(x);
-    tb_grammar_ref(out->g);
-    *x = (struct kept){json ? NULL : tb_strndup(schema.p, schema.n), schema.n, *out};
-    return 0;
-}
-
-int tb_llm_grammar_get(const struct tb_llm_model *m, bool json, struct tb_span schema,
-                       struct tb_llm_grammar *out, struct tb_error *err)
-{
-    int rc = 0;
-    if (!m->info.text)
-        return tb_error_set(err, TB_EUNSUPPORTED, "%s has no tokenizer.json", m->info.name);
-    uv_mutex_lock(&m->keep->lock);
-    struct kept *x = find_kept(m->keep, json, schema);
+    struct kept *x = find_kept(k, json, schema);
     if (x && tb_grammar_worn(x->g.g)) { /* it would fail before long */
         drop(x);
         x = NULL;
     }
-    if (x) {
-        *out = x->g;
-        tb_grammar_ref(out->g);
+    if (!x) return false;
+    *out = x->g;
+    tb_grammar_ref(out->g);
+    return true;
+}
+
+static void put_kept(struct keep *k, bool json, struct tb_span schema,
+                     const struct tb_llm_grammar *g)
+{
+    struct kept *x = &k->kept[k->n_kept++ % KEPT];
+    drop(x);
+    tb_grammar_ref(g->g);
+    *x = (struct kept){json ? NULL : tb_strndup(schema.p, schema.n), schema.n, *g};
+}
+
+/* A schema is compiled without the lock: it may take long, and whoever waits for the lock takes a
+ * thread from the pool. */
+int tb_llm_grammar_get(const struct tb_llm_model *m, bool json, struct tb_span schema,
+                       struct tb_llm_grammar *out, struct tb_error *err)
+{
+    struct keep *k = m->keep;
+    struct tb_llm_grammar made;
+    int rc = 0;
+    if (!m->info.text)
+        return tb_error_set(err, TB_EUNSUPPORTED, "%s has no tokenizer.json", m->info.name);
+    uv_mutex_lock(&k->lock);
+    bool found = take_kept(k, json, schema, out);
+    if (!found && !k->vocab) rc = tb_vocab_create(m->info.text, m->info.vocab, &k->vocab, err);
+    uv_mutex_unlock(&k->lock);
+    if (found || rc) return rc;
+    rc = json ? tb_grammar_create_json(k->vocab, &made.g, err)
+              : tb_grammar_create_schema(k->vocab, schema, &made.g, err);
+    if (rc) return rc;
+    made.start = tb_grammar_start(made.g);
+    made.shortest = tb_grammar_shortest(made.g);
+    uv_mutex_lock(&k->lock);
+    if (take_kept(k, json, schema, out)) { /* another request made the same meanwhile */
+        tb_grammar_unref(made.g);
     } else {
-        rc = make(m, json, schema, out, err);
+        *out = made;
+        put_kept(k, json, schema, out);
     }
-    uv_mutex_unlock(&m->keep->lock);
-    return rc;
+    uv_mutex_unlock(&k->lock);
+    return 0;
 }
 
 /* ---- a grammar as the filter of a sample; runs on the engine's thread, which alone uses the
