@@ -423,9 +423,12 @@ int tb_block_reserve(struct tb_backend *be, struct tb_block *b, size_t bytes, co
 {
     if (bytes <= b->cap) return 0;
     tb_block_free(be, b);
-    b->p = be->ops->alloc(be, bytes);
-    if (!b->p) return tb_backend_no_memory(be, err, bytes, what);
-    b->cap = bytes;
+    /* some ahead while there is plenty, as steps grow by a row */
+    size_t want = bytes + bytes / 4;
+    if (!tb_backend_fits(be, 2 * want)) want = bytes;
+    b->p = be->ops->alloc(be, want);
+    if (!b->p) return tb_backend_no_memory(be, err, want, what);
+    b->cap = want;
     return 0;
 }
 
