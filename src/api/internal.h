@@ -37,7 +37,7 @@ struct tb_api {
     int64_t started_us;
     struct tb_bell *bell;      /* the Tinkerbell face's */
     struct tb_llm_models *llm; /* what the faces for text know of the models */
-    struct tb_map downloads;   /* token → struct tb_download (rest_external.c) */
+    struct tb_map downloads;   /* token → struct tb_download (download.c) */
     struct tb_list downloads_by_age;
     size_t n_downloads;
     unsigned pending; /* jobs in the pool and callbacks we wait for */

@@ -1,7 +1,6 @@
-/* The operator's face: GET /metrics in Prometheus' text form, /healthz. No key is needed for
- * either. */
+/* The operator's face: GET /metrics in Prometheus' text form, without a key. (/healthz is in the
+ * Tinkerbell face.) */
 #include "api/internal.h"
-#include "api/tinker/tinker.h"
 #include "util/mem.h"
 
 static void put_type(struct tb_buf *b, const char *name, const char *type, const char *help)
@@ -145,7 +144,6 @@ static void metrics(struct tb_api *a, struct tb_http_request *req, const struct 
 
 static const struct tb_route ROUTES[] = {
     {.method = TB_HTTP_GET, .pattern = "/metrics", .handle = metrics, .open = true},
-    {.method = TB_HTTP_GET, .pattern = "/healthz", .handle = tb_tinker_healthz, .open = true},
 };
 
 const struct tb_face tb_face_admin = {"admin", ROUTES, TB_ARRAY_LEN(ROUTES)};
