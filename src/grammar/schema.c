@@ -96,18 +96,57 @@ static int literal(struct schema *s, const struct tb_json *at, const json_t *v, 
     return 0;
 }
 
+static bool is_a(const json_t *v, const char *type)
+{
+    if (!type) return false;
+    switch (json_typeof(v)) {
+    case JSON_OBJECT: return strcmp(type, "object") == 0;
+    case JSON_ARRAY: return strcmp(type, "array") == 0;
+    case JSON_STRING: return strcmp(type, "string") == 0;
+    case JSON_INTEGER: return strcmp(type, "integer") == 0 || strcmp(type, "number") == 0;
+    case JSON_REAL: return strcmp(type, "number") == 0;
+    case JSON_TRUE:
+    case JSON_FALSE: return strcmp(type, "boolean") == 0;
+    case JSON_NULL: return strcmp(type, "null") == 0;
+    }
+    return false;
+}
+
+/* Is v of the type, or one of the types, that the schema names beside its values? */
+static bool has_type(const json_t *v, const json_t *schema)
+{
+    const json_t *type = json_object_get(schema, "type");
+    if (!json_is_array(type)) return !type || is_a(v, json_string_value(type));
+    for (size_t i = 0; i < json_array_size(type); i++)
+        if (is_a(v, json_string_value(json_array_get(type, i)))) return true;
+    return false;
+}
+
+/* The values, n of them, that are of the schema's type. */
+static int compile_values(struct schema *s, const struct tb_json *at, json_t *const *v, size_t n,
+                          uint32_t *out)
+{
+    uint32_t k = 0;
+    for (size_t i = 0; i < n; i++) {
+        uint32_t one = TB_NODE_EMPTY;
+        if (!has_type(v[i], at->up->v)) continue;
+        int rc = literal(s, at, v[i], &one);
+        if (rc) return rc;
+        *out = alt(s, k++, *out, one);
+    }
+    return k ? 0 : tb_json_fail(at, s->err, TB_EINVAL, "holds no value of the type beside it");
+}
+
 static int compile_enum(struct schema *s, const struct tb_json *at, uint32_t *out)
 {
     size_t n = json_array_size(at->v);
     if (!json_is_array(at->v) || n == 0)
         return tb_json_fail(at, s->err, TB_EINVAL, "is not an array of values");
-    for (size_t i = 0; i < n; i++) {
-        uint32_t one = TB_NODE_EMPTY;
-        int rc = literal(s, at, json_array_get(at->v, i), &one);
-        if (rc) return rc;
-        *out = alt(s, (uint32_t)i, *out, one);
-    }
-    return 0;
+    json_t **v = tb_arena_try_array(&s->arena, n, sizeof(json_t *));
+    if (!v) return tb_json_fail(at, s->err, TB_ENOMEM, "no memory for %zu values", n);
+    for (size_t i = 0; i < n; i++)
+        v[i] = json_array_get(at->v, i);
+    return compile_values(s, at, v, n, out);
 }
 
 static int compile_any_of(struct schema *s, const struct tb_json *at, uint32_t *out)
@@ -206,17 +245,47 @@ static json_t *behind_ref(struct schema *s, json_t *schema)
     return n < 0 ? schema : way[n].v;
 }
 
-static const char *type_name(const json_t *schema)
+/* What a schema without a type is about, by its keywords; NULL: anything. */
+static const char *implied_type(const json_t *schema)
 {
-    const char *type = json_string_value(json_object_get(schema, "type"));
-    return type && strcmp(type, "integer") == 0 ? "number" : type;
+    static const struct {
+        const char *keyword, *type;
+    } implied[] = {{"properties", "object"},
+                   {"required", "object"},
+                   {"additionalProperties", "object"},
+                   {"items", "array"},
+                   {"prefixItems", "array"},
+                   {"minItems", "array"},
+                   {"maxItems", "array"},
+                   {"uniqueItems", "array"},
+                   {"pattern", "string"},
+                   {"format", "string"},
+                   {"minLength", "string"},
+                   {"maxLength", "string"},
+                   {"minimum", "number"},
+                   {"maximum", "number"},
+                   {"exclusiveMinimum", "number"},
+                   {"exclusiveMaximum", "number"}};
+    for (size_t i = 0; i < TB_ARRAY_LEN(implied); i++)
+        if (json_object_get(schema, implied[i].keyword)) return implied[i].type;
+    return NULL;
 }
 
-/* True when the types differ, or the constants of a member that both require. */
+static const char *type_name(const json_t *schema)
+{
+    const json_t *type = json_object_get(schema, "type");
+    if (!type) return implied_type(schema);
+    const char *name = json_string_value(type);
+    return name && strcmp(name, "integer") == 0 ? "number" : name;
+}
+
+/* True when the types differ, or the constants, or those of a member that both require. */
 static bool apart(json_t *a, json_t *b)
 {
     const char *ta = type_name(a), *tb = type_name(b), *key;
     if (ta && tb && strcmp(ta, tb) != 0) return true;
+    json_t *va = json_object_get(a, "const"), *vb = json_object_get(b, "const");
+    if (va && vb) return !json_equal(va, vb);
     json_t *pb = json_object_get(b, "properties"), *value;
     json_object_foreach(json_object_get(a, "properties"), key, value)
     {
@@ -237,6 +306,18 @@ static bool exclusive(struct schema *s, json_t *list)
                        behind_ref(s, json_array_get(list, j))))
                 return false;
     return true;
+}
+
+/* Is all that one matches of the type beside it in schema? */
+static bool keeps_type(struct schema *s, const json_t *schema, json_t *one)
+{
+    const json_t *type = json_object_get(schema, "type");
+    one = behind_ref(s, one);
+    json_t *own = json_object_get(one, "type"), *value = json_object_get(one, "const");
+    if (!type || (own && json_equal(type, own))) return true;
+    if (value) return has_type(value, schema);
+    const char *implied = own ? NULL : implied_type(one), *name = json_string_value(type);
+    return implied && name && strcmp(implied, name) == 0;
 }
 
 /* ---- strings and numbers */
@@ -550,26 +631,8 @@ static int compile_types(struct schema *s, const struct tb_json *at, uint32_t *o
 {
     struct tb_json type;
     if (!tb_json_find(at, "type", &type)) {
-        static const struct {
-            const char *keyword, *type;
-        } implied[] = {{"properties", "object"},
-                       {"required", "object"},
-                       {"additionalProperties", "object"},
-                       {"items", "array"},
-                       {"prefixItems", "array"},
-                       {"minItems", "array"},
-                       {"maxItems", "array"},
-                       {"pattern", "string"},
-                       {"format", "string"},
-                       {"minLength", "string"},
-                       {"maxLength", "string"},
-                       {"minimum", "number"},
-                       {"maximum", "number"},
-                       {"exclusiveMinimum", "number"},
-                       {"exclusiveMaximum", "number"}};
-        for (size_t i = 0; i < TB_ARRAY_LEN(implied); i++)
-            if (json_object_get(at->v, implied[i].keyword))
-                return compile_type(s, at, implied[i].type, out);
+        const char *name = implied_type(at->v);
+        if (name) return compile_type(s, at, name, out);
         *out = s->r.value;
         return 0;
     }
@@ -624,8 +687,14 @@ static int compile_schema(struct schema *s, const struct tb_json *at, uint32_t *
         if (json_object_get(at->v, typed[i]))
             return tb_json_fail(at, s->err, TB_EUNSUPPORTED, "%s beside %s cannot be enforced", one,
                                 typed[i]);
+    bool list = json_is_array(v.v), kept = true;
+    for (size_t i = 0; !literal_value && i < (list ? json_array_size(v.v) : 1); i++)
+        kept = kept && keeps_type(s, at->v, list ? json_array_get(v.v, i) : at->v);
+    if (!kept)
+        return tb_json_fail(at, s->err, TB_EUNSUPPORTED,
+                            "type beside %s cannot be enforced where that has another", one);
     if (strcmp(one, "$ref") == 0) return compile_ref(s, &v, out);
-    if (strcmp(one, "const") == 0) return literal(s, &v, v.v, out);
+    if (strcmp(one, "const") == 0) return compile_values(s, &v, &v.v, 1, out);
     if (strcmp(one, "enum") == 0) return compile_enum(s, &v, out);
     if (strcmp(one, "anyOf") == 0) return compile_any_of(s, &v, out);
     if (strcmp(one, "oneOf") == 0 && tb_json_len(&v) > MAX_ONE_OF)

@@ -104,6 +104,16 @@ static const struct text TEXTS[] = {
     {"{\"type\":\"number\",\"minimum\":-1,\"exclusiveMaximum\":0}",
      {"-1", "-0.5", "-0.01"},
      {"0", "-0.0", "-1.5", "0.5", "-2"}},
+    {"{\"type\":[\"string\",\"number\"],\"enum\":[\"a\",null,1.5,2,true]}",
+     {"\"a\"", "1.5", "2"},
+     {"null", "true", "\"b\""}},
+    {"{\"type\":\"string\",\"oneOf\":[{\"const\":\"a\",\"title\":\"A\"},{\"const\":\"b\"}]}",
+     {"\"a\"", "\"b\""},
+     {"\"c\"", "\"\""}},
+    {"{\"$defs\":{\"a/b~ c\":{\"properties\":{\"\":{\"type\":\"null\"}},\"required\":[\"\"]}},"
+     "\"type\":\"object\",\"allOf\":[{\"$ref\":\"#/$defs/a~1b~0 c\"}]}",
+     {"{\"\":null}"},
+     {"{}", "null"}},
     {"{\"type\":[\"boolean\",\"null\"]}", {"true", "false", "null"}, {"0", "nul", "\"true\""}},
     {"{\"$defs\":{\"t\":{\"type\":\"object\",\"properties\":{\"v\":{\"type\":\"integer\"},"
      "\"c\":{\"type\":\"array\",\"items\":{\"$ref\":\"#/$defs/t\"}}},\"required\":[\"v\",\"c\"]}},"
@@ -273,6 +283,11 @@ static void test_refused(void **state)
         {"{\"allOf\":[{\"type\":\"string\"},{\"type\":\"string\"}]}", "allOf", TB_EUNSUPPORTED},
         {"{\"type\":\"integer\",\"minimum\":5,\"maximum\":4}", "no whole number", TB_EUNSUPPORTED},
         {"{\"enum\":[]}", "enum", TB_EINVAL},
+        {"{\"type\":\"string\",\"anyOf\":[{\"type\":\"string\"},{\"type\":\"null\"}]}",
+         "type beside anyOf", TB_EUNSUPPORTED},
+        {"{\"oneOf\":[{\"const\":1},{\"const\":1}]}", "oneOf", TB_EUNSUPPORTED},
+        {"{\"type\":\"string\",\"const\":1}", "const", TB_EINVAL},
+        {"{\"uniqueItems\":true}", "uniqueItems", TB_EUNSUPPORTED},
         {"{\"anyOf\":[{\"type\":\"array\"}],\"minItems\":1}", "anyOf beside minItems",
          TB_EUNSUPPORTED},
     };
