@@ -92,6 +92,9 @@ int tb_core_n_models(const struct tb_core *c)
 void tb_core_served_model(const struct tb_core *c, int i, struct tb_served_model *out)
 {
     const struct tb_model_info *info = tb_engine_model_info(c->engine, i);
+    int64_t h = info->hidden, q = (int64_t)info->n_heads * info->head_dim;
+    int64_t kv = (int64_t)info->n_kv_heads * info->head_dim;
+    int64_t layer = 2 * (h + q) + 2 * (h + kv) + 3 * (h + info->ffn);
     *out = (struct tb_served_model){.name = info->name,
                                     .dir = info->dir,
                                     .arch = info->arch,
@@ -99,6 +102,7 @@ void tb_core_served_model(const struct tb_core *c, int i, struct tb_served_model
                                     .max_context = info->max_context,
                                     .max_rank = info->max_rank,
                                     .vocab = info->vocab,
+                                    .lora_width = info->n_layers * layer + h + info->vocab,
                                     .n_eos = info->n_eos,
                                     .eos = info->eos,
                                     .text = info->tokenizer};

@@ -203,6 +203,9 @@ void tb_core_create_sampling_session(struct tb_core *c, struct tb_tenant *who,
                                      const struct tb_sampling_session_params *p,
                                      tb_core_sampler_cb cb, void *arg);
 
+/* Lets go of a sampler's weights. Samples that run finish; one that is unknown is fine. */
+void tb_core_end_sampling_session(struct tb_core *c, struct tb_tenant *who, const char *sampler_id);
+
 /* A block of seq_ids for one more client of a sampler: 1, 2, ... TB_ENOTFOUND, or TB_EGONE for a
  * sampler that ended. */
 int tb_core_join_sampling_session(struct tb_core *c, struct tb_tenant *who, const char *sampler_id,
@@ -215,6 +218,7 @@ struct tb_engine *tb_core_engine(struct tb_core *c);
 struct tb_served_model {
     const char *name, *dir, *arch, *tokenizer; /* tokenizer: the option or NULL */
     int max_context, max_rank, vocab;
+    int64_t lora_width; /* parameters of an adapter on all it may be on, for each unit of rank */
     int n_eos;
     const int32_t *eos;
     const struct tb_tokenizer *text; /* NULL when the folder has no tokenizer.json */

@@ -283,6 +283,13 @@ void tb_sampler_end(struct tb_core_sampler *sp, const char *message)
     sampler_close(sp, &e);
 }
 
+void tb_core_end_sampling_session(struct tb_core *c, struct tb_tenant *who, const char *sampler_id)
+{
+    struct tb_core_sampler *sp = tb_sampler_find(c, who, sampler_id);
+    if (sp) tb_sampler_end(sp, "its client let it go");
+    tb_core_leave(c);
+}
+
 /* ---- opening by checkpoint path */
 
 static void row_read(void *arg, const struct tb_error *err, const struct tb_ckpt_row *row)

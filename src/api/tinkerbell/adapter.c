@@ -32,10 +32,22 @@ struct tb_bell_adapter *tb_bell_adapter_find(struct tb_bell_tenant *t, const cha
     return name ? tb_map_get(&t->adapters, name, strlen(name)) : NULL;
 }
 
-void tb_bell_adapter_changed(struct tb_bell_adapter *ad)
+void tb_bell_adapter_changed(struct tb_bell_job *j)
 {
+    struct tb_bell_adapter *ad = j->adapter;
+    ad->changes++;
+    if (ad->sampler_id)
+        tb_core_end_sampling_session(tb_api_core(j->a), j->tenant->who, ad->sampler_id);
     tb_free(ad->sampler_id);
     ad->sampler_id = NULL;
+}
+
+void tb_bell_adapter_free(struct tb_bell_adapter *ad)
+{
+    tb_free(ad->name);
+    tb_free(ad->model_id);
+    tb_free(ad->sampler_id);
+    tb_free(ad);
 }
 
 struct tb_op *tb_bell_op(struct tb_bell_job *j, enum tb_op_type type)
@@ -46,13 +58,13 @@ struct tb_op *tb_bell_op(struct tb_bell_job *j, enum tb_op_type type)
     return op;
 }
 
-static void forget(struct tb_bell_tenant *t, struct tb_bell_adapter *ad)
+static void forget(struct tb_bell_job *j)
 {
-    tb_map_del(&t->adapters, ad->name, strlen(ad->name));
-    tb_free(ad->name);
-    tb_free(ad->model_id);
-    tb_free(ad->sampler_id);
-    tb_free(ad);
+    struct tb_bell_adapter *ad = j->adapter;
+    tb_bell_adapter_changed(j);
+    tb_map_del(&j->tenant->adapters, ad->name, strlen(ad->name));
+    tb_bell_adapter_free(ad);
+    j->adapter = NULL;
 }
 
 /* ---- creation */
@@ -112,7 +124,7 @@ void tb_bell_with_adapter(struct tb_bell_job *j, const char *name,
         if (rc == 0) {
             j->adapter = adapter_new(j, name);
             rc = submit_creation(j, j->adapter, &e);
-            if (rc) forget(j->tenant, j->adapter);
+            if (rc) forget(j);
         }
         if (rc) {
             tb_bell_fail(j, &e);
@@ -127,11 +139,14 @@ void tb_bell_with_adapter(struct tb_bell_job *j, const char *name,
 int tb_bell_lora(struct tb_bell_job *j, const struct tb_json *root, struct tb_error *err)
 {
     static const char *const unserved[] = {"target_modules", "lora_dropout"};
+    int64_t seed = 0;
     int rc;
     if ((rc = tb_llm_refuse(root, unserved, TB_ARRAY_LEN(unserved), err)) ||
+        (rc = tb_json_int(root, "seed", false, 0, INT64_MAX, &seed, err)) ||
         (rc = tb_llm_int32(root, "rank", 1, INT32_MAX, &j->lora.rank, err)) ||
         (rc = tb_llm_float(root, "alpha", 1e-6, 1e6, &j->lora.alpha, err)))
         return rc;
+    j->lora.seed = (uint64_t)seed;
     return 0;
 }
 
@@ -160,7 +175,7 @@ static void start_add(struct tb_bell_job *j)
 
 const struct tb_bell_kind tb_bell_add_lora = {"Add LoRA", prepare_add, start_add};
 
-static int prepare_named(struct tb_bell_job *j, const struct tb_json *root, struct tb_error *err)
+int tb_bell_named(struct tb_bell_job *j, const struct tb_json *root, struct tb_error *err)
 {
     int rc = tb_json_string(root, "model_id", false, &j->arena, TB_MAX_ID, &j->model_id, err);
     if (rc == 0 && !j->model_id)
@@ -192,18 +207,17 @@ static void start_remove(struct tb_bell_job *j)
         return;
     }
     struct tb_op *op = tb_bell_op(j, TB_OP_UNLOAD_MODEL);
-    forget(j->tenant, j->adapter);
-    j->adapter = NULL;
+    forget(j);
     tb_bell_run(j, op, removed);
 }
 
-const struct tb_bell_kind tb_bell_remove_lora = {"Remove LoRA", prepare_named, start_remove};
+const struct tb_bell_kind tb_bell_remove_lora = {"Remove LoRA", tb_bell_named, start_remove};
 
 /* ---- weights */
 
 static int prepare_weights(struct tb_bell_job *j, const struct tb_json *root, struct tb_error *err)
 {
-    int rc = prepare_named(j, root, err);
+    int rc = tb_bell_named(j, root, err);
     if (rc) return rc;
     if ((rc = tb_json_string(root, "path", false, &j->arena, 4096, &j->path, err))) return rc;
     if (!j->model_id) j->model_id = "base";
@@ -266,7 +280,8 @@ static void load(struct tb_bell_job *j)
     else
         l->path = tb_arena_printf(&op->arena, TB_LLM_CHECKPOINT "%s/weights/%s",
                                   j->adapter->model_id, name_of(j->path));
-    tb_bell_adapter_changed(j->adapter);
+    tb_bell_adapter_changed(j);
+    j->adapter->has_gradients = false;
     tb_bell_run(j, op, loaded);
 }
 

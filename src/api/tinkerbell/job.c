@@ -70,6 +70,8 @@ static void over(struct tb_bell_job *j)
     j->over = true;
     tb_arena_fini(&j->arena);
     tb_list_push(&b->over, &j->node);
+    b->n_over++;
+    b->over_bytes += j->result.n;
     if (req) {
         j->req = NULL;
         req->on_abort = NULL;
@@ -78,9 +80,12 @@ static void over(struct tb_bell_job *j)
         else
             answer_result(req, j);
     }
-    if (++b->n_over <= TB_BELL_JOBS) return;
-    b->n_over--;
-    destroy(TB_LIST_ENTRY(b->over.next, struct tb_bell_job, node));
+    while (b->n_over > TB_BELL_JOBS || (b->over_bytes > TB_BELL_RESULTS && b->n_over > 1)) {
+        struct tb_bell_job *oldest = TB_LIST_ENTRY(b->over.next, struct tb_bell_job, node);
+        b->n_over--;
+        b->over_bytes -= oldest->result.n;
+        destroy(oldest);
+    }
 }
 
 struct tb_json_out tb_bell_result(struct tb_bell_job *j)
@@ -118,6 +123,7 @@ static void on_op(struct tb_core_stream *s, enum tb_future_state state, const st
         tb_bell_fail(j, &e);
     else
         j->step(j, op);
+    tb_core_delivered(tb_api_core(j->a), id, strlen(id));
     tb_free(id);
 }
 
@@ -167,7 +173,7 @@ static void answer_submitted(struct tb_bell_job *j)
     tb_api_answer_begin(&b, &o);
     tb_jout_str(&o, "request_id", j->id);
     if (j->kind == &tb_bell_register_loss)
-        tb_jout_str(&o, "loss_name", j->loss_name);
+        tb_jout_str(&o, "loss_name", j->loss_name ? j->loss_name : "unknown");
     else
         tb_jout_str(&o, "model_id", j->echo ? j->echo : "unknown");
     tb_jout_object_end(&o);
@@ -214,8 +220,12 @@ void tb_bell_begin(struct tb_api *a, struct tb_http_request *req, const struct t
     j->req = req;
     j->sync = sync;
     j->body = req->body;
-    j->lora = (struct tb_lora_config){
-        .rank = 16, .alpha = 32, .train_attn = true, .train_mlp = true, .train_unembed = true};
+    j->lora = (struct tb_lora_config){.rank = 16,
+                                      .alpha = 32,
+                                      .has_seed = true, /* 0, so that what is repeated repeats */
+                                      .train_attn = true,
+                                      .train_mlp = true,
+                                      .train_unembed = true};
     tb_list_init(&j->node);
     tb_arena_init(&j->arena);
     tb_buf_init(&j->result, TB_API_MAX_ANSWER);
@@ -228,22 +238,31 @@ void tb_bell_begin(struct tb_api *a, struct tb_http_request *req, const struct t
     if (rc) on_prepared(&j->work, rc);
 }
 
+int tb_bell_body_string(struct tb_http_request *req, const char *key, const char **out)
+{
+    struct tb_json_doc doc;
+    struct tb_error e = {0};
+    *out = NULL;
+    int rc = tb_json_parse(&doc, req->body.p, req->body.n, &e);
+    if (rc == 0) {
+        rc = tb_json_string(&doc.root, key, false, &req->arena, TB_MAX_ID, out, &e);
+        tb_json_free(&doc);
+    }
+    if (rc) tb_bell_error(req, &e);
+    return rc;
+}
+
 /* ---- /retrieve_future: an answer at once, readable any number of times */
 
 void tb_bell_retrieve(struct tb_api *a, struct tb_http_request *req, const struct tb_route_match *m)
 {
     static const char pending[] = "{\"status\":\"pending\"}";
-    struct tb_json_doc doc;
-    struct tb_error e = {0};
-    const char *id = NULL;
+    const char *id;
     (void)m;
-    int rc = tb_json_parse(&doc, req->body.p, req->body.n, &e);
-    if (rc == 0) {
-        rc = tb_json_string(&doc.root, "request_id", false, &req->arena, TB_MAX_ID, &id, &e);
-        tb_json_free(&doc);
-    }
-    if (rc == 0 && !id) rc = tb_error_set(&e, TB_EINVAL, "request_id is required");
-    if (rc) {
+    if (tb_bell_body_string(req, "request_id", &id)) return;
+    if (!id) {
+        struct tb_error e = {0};
+        tb_error_set(&e, TB_EINVAL, "request_id is required");
         tb_bell_error(req, &e);
         return;
     }
@@ -268,14 +287,6 @@ void tb_bell_create(struct tb_api *a)
     tb_list_init(&a->bell->over);
 }
 
-static void adapter_free(struct tb_bell_adapter *ad)
-{
-    tb_free(ad->name);
-    tb_free(ad->model_id);
-    tb_free(ad->sampler_id);
-    tb_free(ad);
-}
-
 void tb_bell_destroy(struct tb_bell *b)
 {
     size_t it = 0, n;
@@ -293,7 +304,7 @@ void tb_bell_destroy(struct tb_bell *b)
         struct tb_bell_tenant *t = v;
         size_t k = 0;
         while (tb_map_next(&t->adapters, &k, &key, &n, &v))
-            adapter_free(v);
+            tb_bell_adapter_free(v);
         k = 0;
         while (tb_map_next(&t->losses, &k, &key, &n, &v))
             tb_free(v);

@@ -22,6 +22,8 @@ struct sample {
     const struct tb_llm_model *base;
     struct part *parts;
     int n_parts, n_running;
+    const char *sampler_id; /* NULL: the base model */
+    uint64_t changes;       /* of the adapter, when its publishing was submitted */
     struct tb_sample params;
 };
 
@@ -231,7 +233,7 @@ static struct tb_op *sample_op(struct tb_bell_job *j, const struct sample *s, co
     op->u.sample.prompt = tokens;
     op->u.sample.n_prompt = p->n_tokens;
     if (j->adapter) {
-        op->sampling_session_id = tb_arena_strdup(&op->arena, j->adapter->sampler_id);
+        op->sampling_session_id = tb_arena_strdup(&op->arena, s->sampler_id);
         op->seq_id = j->adapter->next_sample++;
     } else {
         op->u.sample.base_model = tb_llm_model_info(s->base)->name;
@@ -259,18 +261,26 @@ static void run(struct tb_bell_job *j)
     if (--s->n_running == 0) finish(j);
 }
 
+/* The sampler stays for others as long as the weights are what was published. */
 static void published(struct tb_bell_job *j, const struct tb_op *op)
 {
+    struct sample *s = j->own;
+    struct tb_tenant *who = j->tenant->who;
+    const char *id = op->result.sampling_session_id;
     struct tb_bell_adapter *ad = tb_bell_adapter_find(j->tenant, j->model_id);
-    struct tb_error e = {0};
-    if (!ad) {
+    bool keep_it = false;
+    if (ad && strcmp(ad->model_id, op->model_id) == 0) {
+        keep_it = ad->changes == s->changes && !ad->sampler_id;
+        if (keep_it) ad->sampler_id = tb_strdup(id);
+        s->sampler_id = tb_arena_strdup(&j->arena, id);
+        j->adapter = ad;
+        run(j);
+    } else {
+        struct tb_error e = {0};
         tb_error_set(&e, TB_EGONE, "%s was removed meanwhile", j->model_id);
         tb_bell_fail(j, &e);
-        return;
     }
-    j->adapter = ad;
-    if (!ad->sampler_id) ad->sampler_id = tb_strdup(op->result.sampling_session_id);
-    run(j);
+    if (!keep_it) tb_core_end_sampling_session(tb_api_core(j->a), who, id);
 }
 
 static void start(struct tb_bell_job *j)
@@ -289,9 +299,11 @@ static void start(struct tb_bell_job *j)
     }
     s->base = j->adapter->base;
     if (j->adapter->sampler_id) {
+        s->sampler_id = tb_arena_strdup(&j->arena, j->adapter->sampler_id);
         run(j);
         return;
     }
+    s->changes = j->adapter->changes;
     struct tb_op *op = tb_bell_op(j, TB_OP_SAVE_WEIGHTS_FOR_SAMPLER);
     op->u.save_weights.sampling_session_seq_id = j->adapter->next_sampler++;
     tb_bell_run(j, op, published);

@@ -9,8 +9,9 @@
 
 /* ---- shared paths: the Tinker API's clients send other bodies (and the SDK its own headers) */
 
-/* Does the JSON object in s have the key at its top level? Text that is no JSON has none. */
-static bool has_key(struct tb_span s, const char *key)
+/* Which of the keys comes first at the top level of the JSON object in s; -1: none does, or s is no
+ * JSON. Reads no further than that key. */
+static int first_key(struct tb_span s, const char *const *keys, size_t n)
 {
     int depth = 0;
     bool is_key = false;
@@ -20,9 +21,9 @@ static bool has_key(struct tb_span s, const char *key)
             size_t from = ++i;
             while (i < s.n && s.p[i] != '"')
                 i += s.p[i] == '\\' ? 2 : 1;
-            if (i >= s.n) return false;
-            if (depth == 1 && is_key && tb_span_eq((struct tb_span){s.p + from, i - from}, key))
-                return true;
+            if (i >= s.n) return -1;
+            for (size_t k = 0; depth == 1 && is_key && k < n; k++)
+                if (tb_span_eq((struct tb_span){s.p + from, i - from}, keys[k])) return (int)k;
             is_key = false;
         } else if (c == '{' || c == '[') {
             is_key = ++depth == 1 && c == '{';
@@ -32,7 +33,7 @@ static bool has_key(struct tb_span s, const char *key)
             is_key = true;
         }
     }
-    return false;
+    return -1;
 }
 
 static bool plain_json(const struct tb_http_request *req)
@@ -44,21 +45,24 @@ static bool plain_json(const struct tb_http_request *req)
 
 static bool has_data(const struct tb_http_request *req)
 {
-    return plain_json(req) && has_key(req->body, "data");
+    static const char *const keys[] = {"data", "forward_backward_input", "forward_input"};
+    return plain_json(req) && first_key(req->body, keys, TB_ARRAY_LEN(keys)) == 0;
 }
 
 static bool has_no_order(const struct tb_http_request *req)
 {
+    static const char *const keys[] = {"seq_id", "type"};
     return plain_json(req) && !tb_http_header_get(req, "X-API-Key").p &&
-           !has_key(req->body, "seq_id") && !has_key(req->body, "type");
+           first_key(req->body, keys, TB_ARRAY_LEN(keys)) < 0;
 }
 
 static bool is_prompt_alone(const struct tb_http_request *req)
 {
-    return plain_json(req) && !has_key(req->body, "sampling_session_id") &&
-           !has_key(req->body, "type") && !has_key(req->body, "seq_id") &&
-           (has_key(req->body, "prompts") ||
-            (!has_key(req->body, "model_path") && !tb_http_header_get(req, "X-API-Key").p));
+    static const char *const theirs[] = {"sampling_session_id", "seq_id", "type"};
+    static const char *const either[] = {"prompts", "model_path"};
+    if (!plain_json(req) || first_key(req->body, theirs, TB_ARRAY_LEN(theirs)) >= 0) return false;
+    int which = first_key(req->body, either, TB_ARRAY_LEN(either));
+    return which == 0 || (which < 0 && !tb_http_header_get(req, "X-API-Key").p);
 }
 
 /* ---- jobs */
@@ -140,17 +144,9 @@ static void capabilities(struct tb_api *a, struct tb_http_request *req,
 
 static void get_info(struct tb_api *a, struct tb_http_request *req, const struct tb_route_match *m)
 {
-    struct tb_json_doc doc;
-    struct tb_error e = {0};
-    const char *id = NULL;
+    const char *id;
     (void)m;
-    if (tb_api_body(a, req, false, &doc)) return;
-    int rc = tb_json_string(&doc.root, "model_id", false, &req->arena, TB_MAX_ID, &id, &e);
-    tb_json_free(&doc);
-    if (rc) {
-        tb_bell_error(req, &e);
-        return;
-    }
+    if (tb_bell_body_string(req, "model_id", &id)) return;
     const struct tb_bell_adapter *ad = tb_bell_adapter_find(tb_bell_tenant(a, tb_api_who(req)), id);
     const struct tb_llm_model *base = ad ? ad->base : id ? tb_llm_model_find(a, id) : NULL;
     const struct tb_served_model *info = base ? tb_llm_model_info(base) : NULL;
@@ -212,10 +208,13 @@ static void adapters(struct tb_api *a, struct tb_http_request *req, const struct
     tb_jout_array(&j, "adapters");
     while (tb_map_next(&tb_bell_tenant(a, tb_api_who(req))->adapters, &it, &name, &n, &v)) {
         const struct tb_bell_adapter *ad = v;
+        const struct tb_served_model *base = tb_llm_model_info(ad->base);
         tb_jout_object(&j, NULL);
         tb_jout_str(&j, "model_id", ad->name);
-        tb_jout_str(&j, "base_model", tb_llm_model_info(ad->base)->name);
+        tb_jout_str(&j, "base_model", base->name);
         tb_jout_int(&j, "rank", ad->rank);
+        tb_jout_int(&j, "trainable_params", base->lora_width * ad->rank);
+        tb_jout_bool(&j, "has_gradients", ad->has_gradients);
         tb_jout_object_end(&j);
     }
     tb_jout_array_end(&j);

@@ -20,8 +20,9 @@
 #include "api/llm/llm.h"
 #include "util/list.h"
 
-#define TB_BELL_JOBS     10000 /* finished ones that are kept */
-#define TB_BELL_ADAPTERS 1024  /* of a tenant */
+#define TB_BELL_JOBS     10000        /* finished ones that are kept */
+#define TB_BELL_RESULTS  (256u << 20) /* bytes of their results */
+#define TB_BELL_ADAPTERS 1024         /* of a tenant */
 #define TB_BELL_LOSSES   256
 
 struct tb_bell_tenant {
@@ -38,14 +39,16 @@ struct tb_bell_adapter {
     char *model_id;
     int64_t next_seq, next_sampler, next_sample;
     char *sampler_id; /* of the weights as they are now; NULL: to be published */
+    uint64_t changes; /* of the weights */
     int32_t rank;
+    bool has_gradients; /* of what was submitted */
 };
 
 struct tb_bell {
     struct tb_map tenants; /* name → tb_bell_tenant */
     struct tb_map jobs;    /* id → tb_bell_job */
     struct tb_list over;   /* jobs that ended, oldest first */
-    size_t n_over;
+    size_t n_over, over_bytes;
 };
 
 struct tb_bell_job;
@@ -98,6 +101,8 @@ void tb_bell_fail(struct tb_bell_job *j, const struct tb_error *e);
 struct tb_json_out tb_bell_result(struct tb_bell_job *j); /* with the opening brace written */
 void tb_bell_retrieve(struct tb_api *a, struct tb_http_request *req,
                       const struct tb_route_match *m);
+/* A string of a small body, NULL when absent; on failure the request has been answered. */
+int tb_bell_body_string(struct tb_http_request *req, const char *key, const char **out);
 void tb_bell_error(struct tb_http_request *req, const struct tb_error *e);
 void tb_bell_detail(struct tb_http_request *req, int status, const char *text);
 
@@ -111,8 +116,11 @@ void tb_bell_with_adapter(struct tb_bell_job *j, const char *name,
                           void (*then)(struct tb_bell_job *j));
 /* A training or weights op on j's adapter, next in its order. */
 struct tb_op *tb_bell_op(struct tb_bell_job *j, enum tb_op_type type);
-void tb_bell_adapter_changed(
-    struct tb_bell_adapter *ad); /* its weights are not what was published */
+void tb_bell_adapter_free(struct tb_bell_adapter *ad);
+/* What j does to its adapter's weights makes them other than what was published. */
+void tb_bell_adapter_changed(struct tb_bell_job *j);
+/* model_id or adapter_id, both for j and for the answer to its submit. */
+int tb_bell_named(struct tb_bell_job *j, const struct tb_json *root, struct tb_error *err);
 extern const struct tb_bell_kind tb_bell_add_lora, tb_bell_remove_lora, tb_bell_load, tb_bell_save,
     tb_bell_save_sampler;
 int tb_bell_lora(struct tb_bell_job *j, const struct tb_json *root, struct tb_error *err);

@@ -9,6 +9,12 @@
 #include "api/datum.h"
 #include "api/tinkerbell/tinkerbell.h"
 
+struct means { /* over samples, of what each sample's tokens give */
+    double tokens, weighted, nll, perplexity;
+    bool has_ratios;
+    double advantage, ratio, ratio_max, ratio_min, clipped;
+};
+
 struct train {
     const struct tb_llm_model *base;
     struct tb_datum *data;
@@ -16,11 +22,11 @@ struct train {
     const char *loss_fn; /* as it was asked for */
     const char *op_loss; /* what computes it */
     double kl_coeff;
-    int64_t n_tokens;
+    bool **padding; /* of each sample, or NULL */
     bool rewards;
-    double mean_advantage;
     double loss_sum, kl; /* results */
-    float **logprobs;    /* of the first pass, for the divergence */
+    struct means means;
+    float **logprobs; /* of the first pass, for the divergence */
 };
 
 /* ---- data */
@@ -119,13 +125,14 @@ static int policy_inputs(struct tb_bell_job *j, struct train *t, const struct tb
                          struct tb_error *err)
 {
     struct tb_json target, logprobs, advantages;
-    double sum = 0;
+    t->padding = tb_arena_calloc(&j->arena, (size_t)t->n, sizeof(*t->padding));
     int rc = tb_json_array(in, "target_tokens", true, &target, err);
     if (rc == 0) rc = tb_json_array(in, "logprobs", true, &logprobs, err);
     if (rc == 0) rc = tb_json_array(in, "advantages", true, &advantages, err);
     for (int32_t i = 0; rc == 0 && i < t->n; i++) {
         struct tb_datum *d = &t->data[i];
         bool *padding = tb_arena_calloc(&j->arena, (size_t)d->n_tokens + 1, sizeof(*padding));
+        t->padding[i] = padding;
         rc = targets(j, &target, (size_t)i, d, padding, err);
         if (rc) break;
         const struct tb_tensor *q = add_input(j, d, "logprobs", TB_TENSOR_F32);
@@ -133,13 +140,10 @@ static int policy_inputs(struct tb_bell_job *j, struct train *t, const struct tb
         const struct tb_tensor *adv = add_input(j, d, "advantages", TB_TENSOR_F32);
         if (rc == 0) rc = positions(j, &advantages, (size_t)i, adv, err);
         float *to = (float *)(uintptr_t)adv->data.f32;
-        for (int32_t k = 0; rc == 0 && k < d->n_tokens; k++) {
+        for (int32_t k = 0; rc == 0 && k < d->n_tokens; k++)
             if (padding[k]) to[k] = 0;
-            sum += (double)to[k];
-        }
     }
     t->op_loss = t->loss_fn;
-    t->mean_advantage = t->n_tokens ? sum / (double)t->n_tokens : 0;
     return rc;
 }
 
@@ -159,7 +163,6 @@ static int reward_inputs(struct tb_bell_job *j, struct train *t, const struct tb
     for (int32_t i = 0; i < t->n; i++) {
         float reward = rewards[n == (size_t)t->n ? (size_t)i : 0];
         fill(add_input(j, &t->data[i], "weights", TB_TENSOR_F32), reward - (float)t->kl_coeff);
-        t->mean_advantage += (double)reward / t->n;
     }
     t->rewards = true;
     t->op_loss = "cross_entropy";
@@ -192,10 +195,7 @@ static int prepare_train(struct tb_bell_job *j, const struct tb_json *root, stru
 {
     struct train *t = j->own = tb_arena_calloc(&j->arena, 1, sizeof(*t));
     struct tb_json data, one;
-    int rc = tb_json_string(root, "model_id", false, &j->arena, TB_MAX_ID, &j->model_id, err);
-    if (rc == 0 && !j->model_id)
-        rc = tb_json_string(root, "adapter_id", false, &j->arena, TB_MAX_ID, &j->model_id, err);
-    j->echo = j->model_id;
+    int rc = tb_bell_named(j, root, err);
     if (!j->model_id) j->model_id = "base";
     t->loss_fn = "cross_entropy";
     if (rc == 0) rc = tb_json_string(root, "loss_fn", false, &j->arena, 64, &t->loss_fn, err);
@@ -218,7 +218,6 @@ static int prepare_train(struct tb_bell_job *j, const struct tb_json *root, stru
         if (rc == 0)
             rc = chat ? conversation(j, t, &one, &t->data[i], err)
                       : tb_json_datum(&one, &j->arena, &t->data[i], err);
-        if (rc == 0) t->n_tokens += t->data[i].n_tokens;
     }
     t->op_loss = t->loss_fn;
     return rc || !chats ? rc : loss_inputs(j, t, root, err);
@@ -265,18 +264,70 @@ static double metric(const struct tb_result *r, const char *key)
     return 0;
 }
 
+static const float *input(const struct tb_datum *d, const char *name, int32_t n)
+{
+    for (int32_t i = 0; i < d->n_inputs; i++) {
+        const struct tb_tensor *x = &d->inputs[i];
+        if (strcmp(x->name, name) == 0 && x->type == TB_TENSOR_F32 && x->n == n) return x->data.f32;
+    }
+    return NULL;
+}
+
+static void measure_sample(const struct train *t, int32_t i, const struct tb_output *out,
+                           struct means *m)
+{
+    const struct tb_datum *d = &t->data[i];
+    const float *weights = input(d, "weights", out->n);
+    const float *q = input(d, "logprobs", out->n), *adv = input(d, "advantages", out->n);
+    const bool *padding = t->padding ? t->padding[i] : NULL;
+    struct means s = {.ratio_min = INFINITY};
+    if (out->k > 0) return; /* several targets a position have no one logprob */
+    for (int32_t k = 0; k < out->n; k++) {
+        if (padding && padding[k]) continue;
+        double weight = weights ? (double)weights[k] : 1, logprob = (double)out->logprobs[k];
+        s.tokens++;
+        s.weighted += weight > 0;
+        s.nll -= weight * logprob;
+        if (!q || !adv) continue;
+        double ratio = exp(logprob - (double)q[k]);
+        s.advantage += (double)adv[k];
+        s.ratio += ratio;
+        s.ratio_max = fmax(s.ratio_max, ratio);
+        s.ratio_min = fmin(s.ratio_min, ratio);
+        s.clipped += ratio < 0.8 || ratio > 1.2;
+    }
+    double nll = s.weighted > 0 ? s.nll / s.weighted : 0;
+    m->tokens += s.tokens / t->n;
+    m->weighted += s.weighted / t->n;
+    m->nll += nll / t->n;
+    m->perplexity += exp(nll) / t->n;
+    m->has_ratios = q && adv;
+    if (!m->has_ratios || s.tokens == 0) return;
+    m->advantage += s.advantage / s.tokens / t->n;
+    m->ratio += s.ratio / s.tokens / t->n;
+    m->ratio_max += s.ratio_max / t->n;
+    m->ratio_min += s.ratio_min / t->n;
+    m->clipped += s.clipped / s.tokens / t->n;
+}
+
 static void put_metrics(struct tb_json_out *o, const struct train *t, double loss)
 {
-    double nll = t->n_tokens ? t->loss_sum / (double)t->n_tokens : 0;
+    const struct means *m = &t->means;
     tb_jout_object(o, "metrics");
     tb_jout_double(o, "loss:sum", loss);
-    tb_jout_double(o, "num_tokens", (double)t->n_tokens);
+    tb_jout_double(o, "num_tokens", m->tokens);
     if (strcmp(t->loss_fn, "cross_entropy") == 0 && !t->rewards) {
-        tb_jout_double(o, "mean_nll", nll);
-        tb_jout_double(o, "num_weighted_tokens", (double)t->n_tokens);
-        tb_jout_double(o, "perplexity", exp(nll));
-    } else {
-        tb_jout_double(o, "mean_advantage", t->mean_advantage);
+        tb_jout_double(o, "mean_nll", m->nll);
+        tb_jout_double(o, "num_weighted_tokens", m->weighted);
+        tb_jout_double(o, "perplexity", m->perplexity);
+    }
+    if (m->has_ratios) {
+        bool is = strcmp(t->loss_fn, "importance_sampling") == 0;
+        tb_jout_double(o, "mean_advantage", m->advantage);
+        tb_jout_double(o, is ? "mean_importance_ratio" : "mean_ratio", m->ratio);
+        tb_jout_double(o, is ? "max_importance_ratio" : "max_ratio", m->ratio_max);
+        tb_jout_double(o, is ? "min_importance_ratio" : "min_ratio", m->ratio_min);
+        if (!is) tb_jout_double(o, "clip_fraction", m->clipped);
     }
     if (t->kl_coeff > 0) {
         tb_jout_double(o, "kl_div", t->kl);
@@ -339,6 +390,8 @@ static void trained(struct tb_bell_job *j, const struct tb_op *op)
 {
     struct train *t = j->own;
     t->loss_sum = metric(&op->result, "loss:sum");
+    for (int32_t i = 0; i < t->n; i++)
+        measure_sample(t, i, &op->result.outputs[i], &t->means);
     if (!(t->kl_coeff > 0)) {
         answer(j);
         return;
@@ -362,6 +415,7 @@ static void forward(struct tb_bell_job *j)
 
 static void forward_backward(struct tb_bell_job *j)
 {
+    j->adapter->has_gradients = true;
     tb_bell_run(j, train_op(j, j->own, TB_OP_FORWARD_BACKWARD), trained);
 }
 
@@ -391,12 +445,24 @@ const struct tb_bell_kind tb_bell_forward_backward = {"Forward-backward", prepar
 
 /* ---- optim_step */
 
+static int known_adam(const struct tb_json *params, struct tb_error *err)
+{
+    static const char *const known[] = {"learning_rate", "beta1", "beta2", "eps", "weight_decay"};
+    struct tb_json one;
+    for (void *it = NULL; tb_json_next(params, &it, &one);) {
+        bool found = false;
+        for (size_t i = 0; i < TB_ARRAY_LEN(known); i++)
+            found |= strcmp(one.key, known[i]) == 0;
+        if (!found) return tb_json_fail(&one, err, TB_EINVAL, "is not a parameter of AdamW here");
+    }
+    return 0;
+}
+
 static int prepare_optim(struct tb_bell_job *j, const struct tb_json *root, struct tb_error *err)
 {
     struct tb_optim_step *s = j->own = tb_arena_calloc(&j->arena, 1, sizeof(*s));
     struct tb_json params;
-    int rc = tb_json_string(root, "model_id", false, &j->arena, TB_MAX_ID, &j->model_id, err);
-    j->echo = j->model_id;
+    int rc = tb_bell_named(j, root, err);
     if (!j->model_id) j->model_id = "base";
     *s = (struct tb_optim_step){.type = "adamw",
                                 .learning_rate = 5e-4,
@@ -405,7 +471,7 @@ static int prepare_optim(struct tb_bell_job *j, const struct tb_json *root, stru
                                 .eps = 1e-8,
                                 .weight_decay = 0.01};
     if (rc == 0) rc = tb_json_object(root, "adam_params", false, &params, err);
-    if (rc) return rc;
+    if (rc || (params.v && (rc = known_adam(&params, err)))) return rc;
     const struct tb_json *from = params.v ? &params : root;
     if ((rc = tb_json_double(from, "learning_rate", false, 0, 1e6, &s->learning_rate, err)) ||
         (rc = tb_json_double(from, "beta1", false, 0, 1, &s->beta1, err)) ||
@@ -416,11 +482,10 @@ static int prepare_optim(struct tb_bell_job *j, const struct tb_json *root, stru
     return 0;
 }
 
-static void stepped(struct tb_bell_job *j, const struct tb_op *op)
+static void answer_step(struct tb_bell_job *j)
 {
     const struct tb_optim_step *s = j->own;
     struct tb_json_out o = tb_bell_result(j);
-    (void)op;
     tb_jout_object(&o, "metrics");
     tb_jout_double(&o, "learning_rate", s->learning_rate);
     tb_jout_double(&o, "step_completed", 1);
@@ -431,11 +496,23 @@ static void stepped(struct tb_bell_job *j, const struct tb_op *op)
     tb_bell_done(j);
 }
 
+static void stepped(struct tb_bell_job *j, const struct tb_op *op)
+{
+    (void)op;
+    answer_step(j);
+}
+
+/* Without gradients there is nothing to do: three forward_backwards may come before three steps. */
 static void step(struct tb_bell_job *j)
 {
+    if (!j->adapter->has_gradients) {
+        answer_step(j);
+        return;
+    }
     struct tb_op *op = tb_bell_op(j, TB_OP_OPTIM_STEP);
     op->u.optim_step = *(const struct tb_optim_step *)j->own;
-    tb_bell_adapter_changed(j->adapter);
+    tb_bell_adapter_changed(j);
+    j->adapter->has_gradients = false;
     tb_bell_run(j, op, stepped);
 }
 
