@@ -16,6 +16,7 @@ ROWS = {
     "tenants": {"tenants 16: fwd+bwd, together", "tenants 16: decode, one by one", "tenants 16: fwd+bwd, 1 datum each"},
     "rl": {"RL step: whole step", "publish to first token, prompt of 16"},
     "futures": {"smallest operation, 64 clients", "forward of 8 tokens, 1 client: p99", "1,000 waiting polls: memory"},
+    "tinkerbell": {"5 batches, sync", "5 batches, async", "users 16", "small model: users 4: a batch and its step"},
     "http": {"64 connections, per second of CPU time", "1,024 connections, per second"},
 }
 
