@@ -460,6 +460,23 @@ static void test_cache_full(void **state)
     env_stop(&e);
 }
 
+/* A client lets a sampler go: what runs ends well, nothing new begins, others cannot do it. */
+static void test_end(void **state)
+{
+    struct env *e = *state;
+    char id[100], r[400];
+    struct tb_error err = {0};
+    struct tb_ticket t;
+    copy_text(id, sizeof(id), open_sampler(e, e->session, 0, "m0", NULL).id);
+    tb_core_end_sampling_session(e->core, tb_core_tenant(e->core, "other"), id);
+    must_submit(e, op_sample(id, 1), r);
+    tb_core_end_sampling_session(e->core, e->tenant, id);
+    tb_core_end_sampling_session(e->core, e->tenant, id);
+    assert_int_equal(stats(e).samplers, 0);
+    assert_int_equal(tb_core_submit(e->core, e->tenant, op_sample(id, 2), &t, &err), TB_ENOTFOUND);
+    assert_int_equal(result(e, r).state, TB_FUTURE_DONE);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -473,6 +490,7 @@ int main(void)
         T(test_by_address),
         T(test_idle_addresses),
         T(test_finish),
+        T(test_end),
         T(test_streams),
         cmocka_unit_test(test_cache_full),
     };
