@@ -619,6 +619,31 @@ def json_data(**inputs):
                                 for k, v in inputs.items()}}]
 
 
+def test_a_client_without_sessions(start):
+    """SDK 0.1.5: a model comes with a session, which silence does not end so soon; a repeat finds the same one, and a
+    creation that is refused leaves none."""
+    server = start(args=["--session-lease", "1", "--tenant-pending", "1"])
+    with Raw(server.url) as raw:
+        body = {"base_model": "tiny", "lora_config": {"rank": 4}}
+
+        def create(key):
+            return raw.post("create_model", body, {"X-Idempotency-Key": key})
+
+        first, again = create("a"), create("a")
+        assert first.status == 200 and first.json == again.json
+        raw.retrieve(first.json["request_id"])
+        model = first.json["model_id"]
+        time.sleep(3)  # three leases
+        step = raw.post("forward", {"model_id": model, "forward_input": {"loss_fn": "cross_entropy", "data": json_data(**GOOD)}})
+        assert step.status == 200
+        raw.retrieve(step.json["request_id"])
+        made = set(raw.get("sessions?limit=100").json["sessions"])
+        replies = [create(f"b{i}") for i in range(20)]
+        taken = [r for r in replies if r.status == 200]
+        assert {r.status for r in replies} <= {200, 429} and taken
+        assert len(set(raw.get("sessions?limit=100").json["sessions"]) - made) == len(taken)
+
+
 def test_training_in_json(raw, session):
     """What releases before 0.25 send: JSON bodies, /forward, explicit nulls, fields left out. The numbers are protobuf's."""
     old, new = (raw.create_model(session, "tiny", seq=i, seed=1) for i in range(2))

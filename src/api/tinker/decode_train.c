@@ -31,7 +31,7 @@ static int check_optimizer(const struct tb_json *root, const char *key, struct t
 
 static int address_create(const struct tb_json *root, struct tb_op *op, struct tb_error *err)
 {
-    /* SDK 0.1.5 has no sessions: the handler makes one, and this is its first model. */
+    /* SDK 0.1.5 has no sessions: core makes one, and this is its first model. */
     int rc = tb_json_id(root, "session_id", false, &op->arena, &op->session_id, err);
     if (rc) return rc;
     if (!op->session_id) op->model_seq_id = 0;

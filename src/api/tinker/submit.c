@@ -37,16 +37,6 @@ static void decode(struct submit *s)
     tb_free(plain);
 }
 
-/* Before sessions (SDK 0.1.5) a model made its own; a repeat of the request finds the same one. */
-static int make_session(struct submit *s)
-{
-    struct tb_session_params p = {.sdk_version = "0.1", .idempotency_key = s->body.idempotency_key};
-    const char *id;
-    int rc = tb_core_create_session(tb_api_core(s->a), tb_api_who(s->req), &p, &id, &s->err);
-    if (rc == 0) s->op->session_id = tb_arena_strdup(&s->op->arena, id);
-    return rc;
-}
-
 /* A key of another tenant opens that one's checkpoints. */
 static void find_reader(struct submit *s, struct tb_op *op)
 {
@@ -84,7 +74,6 @@ static void finish(struct submit *s)
 {
     struct tb_op *op = s->op;
     struct tb_ticket t = {0};
-    if (s->rc == 0 && op->type == TB_OP_CREATE_MODEL && !op->session_id) s->rc = make_session(s);
     if (s->rc == 0) {
         enum tb_op_type type = op->type;
         bool creates = op->model_seq_id >= 0;

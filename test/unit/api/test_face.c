@@ -377,7 +377,8 @@ static void test_submits(void **state)
     expect_part(400, "Content-Encoding \\\"br\\\" is not supported");
 }
 
-/* SDK 0.1.5 knows no sessions: the model brings its own, found again by the idempotency key. */
+/* SDK 0.1.5 knows no sessions: core makes one with the model, found again by the idempotency key.
+ */
 static void test_model_without_session(void **state)
 {
     (void)state;
@@ -385,9 +386,8 @@ static void test_model_without_session(void **state)
     static const char body[] = "{\"base_model\":\"tiny\",\"lora_config\":{\"rank\":4}}";
     call_with(TB_HTTP_POST, "/api/v1/create_model", f, 2, body, sizeof(body) - 1);
     expect(200, "{\"request_id\":\"req-1\",\"model_id\":\"sess-1:train:0\"}");
-    assert_int_equal(fake.n_sessions, 1);
-    assert_string_equal(fake.session_key, "u:c:1");
-    assert_string_equal(fake.op->session_id, "sess-1");
+    assert_int_equal(fake.n_sessions, 0);
+    assert_null(fake.op->session_id);
     assert_string_equal(fake.op->idempotency_key, "u:c:1");
     assert_int_equal(fake.op->model_seq_id, 0);
 }
