@@ -150,7 +150,8 @@ static int check_room(struct tb_sampling *s, struct tb_error *err)
 static int make_stops(struct tb_sampling *s, struct tb_error *err)
 {
     const struct tb_sample *r = s->req;
-    s->eos_stops = !r->stop_given || r->n_stop_tokens > 0 || r->n_stop_strings > 0;
+    s->eos_stops =
+        !r->ignore_eos && (!r->stop_given || r->n_stop_tokens > 0 || r->n_stop_strings > 0);
     if (r->n_stop_strings == 0) return 0;
     if (r->n_stop_strings < 0 || r->n_stop_strings > TB_MAX_STOPS)
         return tb_error_set(err, TB_EINVAL, "stop has %d strings; at most %d are allowed",

@@ -173,6 +173,7 @@ struct tb_sample {
     const int32_t *stop_tokens;
     int32_t n_stop_strings;
     const char *const *stop_strings;
+    bool ignore_eos; /* EOS does not stop, whatever else does */
     bool prompt_logprobs;
     int32_t prompt_logprobs_last_n; /* 0: all */
     int32_t topk_prompt_logprobs, topk_sample_logprobs;

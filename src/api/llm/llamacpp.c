@@ -112,10 +112,14 @@ static int decode_prompts(struct tb_llm *l, const struct tb_json *root, struct t
 
 static int decode(struct tb_llm *l, const struct tb_json *root, struct tb_error *err)
 {
-    static const char *const unserved[] = {"grammar",          "mirostat",     "dry_multiplier",
-                                           "xtc_probability",  "image_data",   "lora",
-                                           "dynatemp_range",   "input_prefix", "input_suffix",
-                                           "t_max_predict_ms", "n_indent"};
+    static const char *const unserved[] = {"grammar",         "mirostat",
+                                           "dry_multiplier",  "xtc_probability",
+                                           "image_data",      "lora",
+                                           "dynatemp_range",  "input_prefix",
+                                           "input_suffix",    "t_max_predict_ms",
+                                           "n_indent",        "logit_bias",
+                                           "samplers",        "min_keep",
+                                           "response_fields", "post_sampling_probs"};
     struct own *own = l->face_own = tb_arena_calloc(&l->arena, 1, sizeof(*own));
     struct tb_sample *s = &l->sample;
     struct tb_json schema;
@@ -145,7 +149,7 @@ static int decode(struct tb_llm *l, const struct tb_json *root, struct tb_error 
         (rc = tb_json_int(root, "seed", false, INT64_MIN, INT64_MAX, &seed, err)) ||
         (rc = tb_llm_int32(root, "n_probs", 0, 100, &n_probs, err)) ||
         (rc = tb_json_bool(root, "return_tokens", false, &own->return_tokens, err)) ||
-        (rc = tb_json_bool(root, "ignore_eos", false, &l->ignore_eos, err)) ||
+        (rc = tb_json_bool(root, "ignore_eos", false, &s->ignore_eos, err)) ||
         (rc = tb_llm_stops(l, root, "stop", TB_MAX_STOPS, err)) ||
         (rc = tb_json_object(root, "json_schema", false, &schema, err)) ||
         (rc = tb_llm_refuse(root, unserved, TB_ARRAY_LEN(unserved), err)))
@@ -276,7 +280,7 @@ static void put_choice(struct tb_json_out *j, struct tb_llm *l, struct tb_llm_ch
 static void more(struct tb_llm *l, struct tb_llm_choice *c)
 {
     struct tb_json_out j;
-    if (c->whole.n == c->told) return;
+    if (c->whole.n == c->told && c->n == c->n_told) return;
     event_begin(l, &j);
     tb_jout_int(&j, "index", c->index);
     tb_jout_strn(&j, "content", c->whole.p + c->told, c->whole.n - c->told);

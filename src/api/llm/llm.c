@@ -234,15 +234,17 @@ static void submit_prompt(struct tb_llm *l, struct tb_llm_prompt *p)
     memcpy(prompt, p->tokens, (size_t)p->n_tokens * sizeof(*prompt));
     s->prompt = prompt;
     s->n_samples = l->n;
-    s->max_tokens = s->max_tokens == 0 ? 1 : s->max_tokens; /* a prompt is scored by a step */
+    if (s->max_tokens == 0) s->max_tokens = 1; /* a prompt is scored by a step */
+    if (s->max_tokens > m->max_context - p->n_tokens)
+        s->max_tokens = -1; /* what there is room for */
     if (!s->has_seed) s->seed = tb_random_u64();
     s->has_seed = true;
     s->stop_given = true;
     int32_t *stops = tb_arena_calloc(&op->arena, (size_t)m->n_eos + 1, sizeof(*stops));
-    for (int i = 0; i < m->n_eos && !l->ignore_eos; i++)
+    for (int i = 0; i < m->n_eos && !s->ignore_eos; i++)
         stops[s->n_stop_tokens++] = m->eos[i];
     const struct tb_renderer *r = tb_llm_model_renderer(l->model);
-    int32_t turn = p->messages && !l->ignore_eos ? tb_renderer_stop_token(r, m->text) : -1;
+    int32_t turn = p->messages && !s->ignore_eos ? tb_renderer_stop_token(r, m->text) : -1;
     if (turn >= 0) stops[s->n_stop_tokens++] = turn;
     s->stop_tokens = stops;
     const char **strings = tb_arena_calloc(&op->arena, l->n_stops + 1, sizeof(*strings));
@@ -274,6 +276,10 @@ static void submit(struct tb_llm *l)
     if (l->err.code) {
         struct tb_error e = l->err;
         fail(l, &e);
+        return;
+    }
+    if (l->n_prompts == 0) { /* the face has its answer */
+        end(l);
         return;
     }
     l->busy = true;

@@ -31,8 +31,10 @@ struct tb_llm;
 struct tb_llm_text {
     const struct tb_tokenizer *t;
     struct tb_stop_matcher stop;
-    struct tb_buf held; /* bytes that may still become a stop string or a character */
-    uint64_t n_out;     /* bytes that are no longer held */
+    struct tb_buf held;   /* bytes that may still become a stop string */
+    struct tb_buf hidden; /* for each of them, whether it is a special token's */
+    struct tb_buf tail;   /* bytes that may still become a character */
+    uint64_t n_out;       /* bytes that are no longer held */
 };
 void tb_llm_text_init(struct tb_llm_text *x, const struct tb_tokenizer *t,
                       const struct tb_stop_set *stops);
@@ -104,7 +106,6 @@ struct tb_llm {
     struct tb_sample sample; /* without prompt, stops and filter */
     const char **stops;
     size_t n_stops;
-    bool ignore_eos;
     bool stream, echo, no_thinking;
     bool logprobs;    /* wanted in the answer */
     int top_logprobs; /* of each token */

@@ -3,6 +3,7 @@
  * the loop's, decoding in the pool.
  */
 #include <jansson.h>
+#include <math.h>
 #include <string.h>
 
 #include "api/llm/llm.h"
@@ -114,7 +115,7 @@ static bool asks_unload(const struct tb_json *root)
     struct tb_json v;
     if (!tb_json_find(root, "keep_alive", &v)) return false;
     const char *text = json_string_value(v.v);
-    return text ? strcmp(text, "0") == 0 : json_is_integer(v.v) && json_integer_value(v.v) == 0;
+    return text ? strcmp(text, "0") == 0 : json_is_number(v.v) && fabs(json_number_value(v.v)) <= 0;
 }
 
 static int decode_generate(struct tb_llm *l, const struct tb_json *root, struct tb_llm_prompt *p,
@@ -247,7 +248,7 @@ static void put_stats(struct tb_json_out *j, const struct tb_llm *l, const struc
 static void more(struct tb_llm *l, struct tb_llm_choice *c)
 {
     struct tb_json_out j;
-    if (c->whole.n == c->told) return;
+    if (c->whole.n == c->told && !(l->logprobs && c->n > c->n_told)) return;
     tb_jout_init(&j, &l->out);
     put_head(&j, l);
     put_text(&j, l, c->whole.p + c->told, c->whole.n - c->told);
@@ -274,7 +275,7 @@ static void answer(struct tb_llm *l)
         tb_jout_str(&j, "done_reason", own->done_reason);
     } else {
         tb_jout_str(&j, "done_reason", c->stopped ? "stop" : "length");
-        put_logprobs(&j, l, c, l->stream ? c->n_told : 0);
+        if (!l->stream) put_logprobs(&j, l, c, 0);
         if (l->kind == GENERATE) {
             tb_jout_array(&j, "context");
             for (int32_t i = 0; i < l->prompts[0].n_tokens; i++)

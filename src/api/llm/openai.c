@@ -70,7 +70,7 @@ static void broken(struct tb_llm *l, const struct tb_error *e)
 
 static int decode_format(struct tb_llm *l, const struct tb_json *root, struct tb_error *err)
 {
-    struct tb_json format, schema;
+    struct tb_json format, named, schema;
     const char *type = NULL;
     int rc = tb_json_object(root, "response_format", false, &format, err);
     if (rc || !format.v) return rc;
@@ -83,8 +83,8 @@ static int decode_format(struct tb_llm *l, const struct tb_json *root, struct tb
     if (strcmp(type, "json_schema") != 0)
         return tb_json_fail(&format, err, TB_EINVAL,
                             "type \"%s\" is none of text, json_object and json_schema", type);
-    if ((rc = tb_json_object(&format, "json_schema", true, &format, err)) ||
-        (rc = tb_json_object(&format, "schema", true, &schema, err)) ||
+    if ((rc = tb_json_object(&format, "json_schema", true, &named, err)) ||
+        (rc = tb_json_object(&named, "schema", true, &schema, err)) ||
         (rc = tb_json_as_text(&schema, &l->arena, 1 << 20, &type, err)))
         return rc;
     l->schema = tb_span_str(type);
@@ -207,7 +207,7 @@ static int decode(struct tb_llm *l, const struct tb_json *root, struct tb_error 
         (rc = tb_llm_float(root, "repetition_penalty", 0.01, 100, &s->repetition_penalty, err)) ||
         (rc = tb_json_int(root, "seed", false, INT64_MIN, INT64_MAX, &seed, err)) ||
         (rc = tb_json_bool(root, "stream", false, &l->stream, err)) ||
-        (rc = tb_json_bool(root, "ignore_eos", false, &l->ignore_eos, err)) ||
+        (rc = tb_json_bool(root, "ignore_eos", false, &s->ignore_eos, err)) ||
         (rc = tb_json_object(root, "stream_options", false, &options, err)) ||
         (rc = tb_llm_stops(l, root, "stop", 16, err)) ||
         (rc = tb_llm_logit_bias(l, root, "logit_bias", err)) ||

@@ -1,6 +1,7 @@
 /*
  * Tokens to text, one at a time: a stop string and what follows it is cut off, special tokens do
- * not show, and text comes out in whole characters (see llm.h). Thread: one at a time.
+ * not show, and text comes out in whole characters (see llm.h). Stop strings are found where the
+ * engine finds them: in the text with its special tokens. Thread: one at a time.
  */
 #include <string.h>
 
@@ -14,45 +15,62 @@ void tb_llm_text_init(struct tb_llm_text *x, const struct tb_tokenizer *t,
     *x = (struct tb_llm_text){.t = t};
     tb_stop_matcher_init(&x->stop, stops);
     tb_buf_init(&x->held, MAX_TEXT);
+    tb_buf_init(&x->hidden, MAX_TEXT);
+    tb_buf_init(&x->tail, MAX_TEXT);
 }
 
 void tb_llm_text_fini(struct tb_llm_text *x)
 {
     tb_stop_matcher_fini(&x->stop);
     tb_buf_fini(&x->held);
+    tb_buf_fini(&x->hidden);
+    tb_buf_fini(&x->tail);
 }
 
-/* Lets the first n held bytes go. */
+static void drop(struct tb_buf *b, size_t n)
+{
+    b->n -= n;
+    memmove(b->p, b->p + n, b->n);
+}
+
+/* Lets the first n held bytes go, up to the last whole character. */
 static void release(struct tb_llm_text *x, size_t n, struct tb_buf *out)
 {
     if (n == 0) return;
-    tb_utf8_append(out, x->held.p, n);
+    for (size_t i = 0; i < n; i++)
+        if (!x->hidden.p[i]) tb_buf_append(&x->tail, x->held.p + i, 1);
+    drop(&x->held, n);
+    drop(&x->hidden, n);
     x->n_out += n;
-    x->held.n -= n;
-    memmove(x->held.p, x->held.p + n, x->held.n);
+    size_t whole = x->tail.n - (x->tail.n ? tb_utf8_incomplete_tail(x->tail.p, x->tail.n) : 0);
+    if (whole == 0) return;
+    tb_utf8_append(out, x->tail.p, whole);
+    drop(&x->tail, whole);
 }
 
 void tb_llm_text_feed(struct tb_llm_text *x, int32_t token, struct tb_buf *out)
 {
     struct tb_span s;
-    if (x->stop.hit >= 0 || tb_tokenizer_is_special(x->t, token) ||
-        tb_tokenizer_token_bytes(x->t, token, &s))
-        return;
-    tb_buf_append(&x->held, s.p, s.n);
+    if (x->stop.hit >= 0 || tb_tokenizer_token_bytes(x->t, token, &s) || s.n == 0) return;
+    size_t at = x->hidden.n;
+    if (tb_buf_append(&x->held, s.p, s.n) || tb_buf_append(&x->hidden, s.p, s.n)) return;
+    memset(x->hidden.p + at, tb_tokenizer_is_special(x->t, token), s.n);
     if (tb_stop_matcher_feed_bytes(&x->stop, s.p, s.n)) {
-        x->held.n = (size_t)(x->stop.hit_at - x->n_out);
-        release(x, x->held.n, out);
+        release(x, (size_t)(x->stop.hit_at - x->n_out), out);
+        tb_buf_reset(&x->held);
+        tb_buf_reset(&x->hidden);
         return;
     }
     size_t n_stops = x->stop.set ? tb_stop_set_count(x->stop.set) : 0;
     size_t keep = 0;
     for (size_t i = 0; i < n_stops; i++)
         keep = TB_MAX(keep, (size_t)x->stop.state[i]);
-    size_t n = x->held.n - TB_MIN(keep, x->held.n);
-    release(x, n - tb_utf8_incomplete_tail(x->held.p, n), out);
+    release(x, x->held.n - TB_MIN(keep, x->held.n), out);
 }
 
 void tb_llm_text_end(struct tb_llm_text *x, struct tb_buf *out)
 {
     release(x, x->held.n, out);
+    if (x->tail.n) tb_utf8_append(out, x->tail.p, x->tail.n);
+    tb_buf_reset(&x->tail);
 }
