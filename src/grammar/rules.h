@@ -21,7 +21,7 @@
 #define TB_GRAMMAR_MAX_SETS  4096
 #define TB_GRAMMAR_MAX_DEPTH 512         /* frames in a stack before nesting is brought to an end */
 #define TB_GRAMMAR_MAX_BYTES (128 << 20) /* of frames and states */
-#define TB_GRAMMAR_MAX_WORK  (1 << 22)   /* frames looked at for one mask */
+#define TB_GRAMMAR_MAX_WORK  (1 << 20)   /* frames looked at for one mask */
 #define TB_GRAMMAR_MASKS     128         /* masks kept */
 #define TB_GRAMMAR_NEVER     (1u << 30)  /* the shortest text of a rule that never ends */
 #define TB_GRAMMAR_UNBOUNDED UINT32_MAX

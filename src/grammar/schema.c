@@ -491,13 +491,12 @@ static int compile_array(struct schema *s, const struct tb_json *at, uint32_t *o
 }
 
 /* The rest of a key, with its closing quote, that is none of names[0..n), all of which have their
- * first `at` bytes in common with it. Where it first differs it is an ASCII character. */
-static uint32_t other_key(struct schema *s, const char **names, size_t n, size_t at)
+ * first `at` bytes in common with it. Where it first differs it is an ASCII character; then comes
+ * any_rest. */
+static uint32_t other_key(struct schema *s, const char **names, size_t n, size_t at,
+                          uint32_t any_rest)
 {
     struct tb_byte_set others = {{0}};
-    uint32_t quote = text(s, "\"");
-    uint32_t free_rest =
-        tb_rule_seq(s->g, tb_rule_repeat(s->g, s->r.plain, 0, TB_GRAMMAR_UNBOUNDED), quote);
     uint32_t out = 0, k = 0;
     bool taken[128] = {false}, ends = false;
     for (size_t i = 0; i < n; i++) {
@@ -507,15 +506,15 @@ static uint32_t other_key(struct schema *s, const char **names, size_t n, size_t
     }
     for (unsigned c = 0x20; c < 0x7f; c++)
         if (!taken[c] && c != '"' && c != '\\') others.w[c / 64] |= 1ull << c % 64;
-    out = alt(s, k++, out, tb_rule_seq(s->g, tb_rule_set(s->g, others), free_rest));
-    if (!ends) out = alt(s, k++, out, quote);
+    out = alt(s, k++, out, tb_rule_seq(s->g, tb_rule_set(s->g, others), any_rest));
+    if (!ends) out = alt(s, k++, out, text(s, "\""));
     for (unsigned c = 0x20; c < 0x7f; c++) {
         if (!taken[c] || c == '"' || c == '\\') continue;
         const char **some = tb_arena_alloc(&s->arena, n * sizeof(*some));
         size_t n_some = 0;
         for (size_t i = 0; i < n; i++)
             if ((unsigned char)names[i][at] == c) some[n_some++] = names[i];
-        uint32_t rest = other_key(s, some, n_some, at + 1);
+        uint32_t rest = other_key(s, some, n_some, at + 1, any_rest);
         out = alt(s, k++, out, tb_rule_seq(s->g, tb_rule_range(s->g, c, c), rest));
     }
     return out;
@@ -587,8 +586,10 @@ static int compile_object(struct schema *s, const struct tb_json *at, uint32_t *
                                     "a name of %zu bytes is longer than %d, beside others that "
                                     "are not listed",
                                     strlen(names[i]), MAX_KEY);
-        uint32_t key = tb_rule_seq(s->g, text(s, "\""), other_key(s, names, n, 0));
-        if (n == 0) key = s->r.string;
+        uint32_t quote = text(s, "\""), key = s->r.string;
+        uint32_t rest = tb_rule_repeat(s->g, s->r.plain, 0, TB_GRAMMAR_UNBOUNDED);
+        rest = tb_rule_seq(s->g, rest, quote);
+        if (n) key = tb_rule_seq(s->g, quote, other_key(s, names, n, 0, rest));
         uint32_t m =
             tb_rule_seq(s->g, tb_rule_seq(s->g, key, text(s, ":")),
                         tb_rule_seq(s->g, s->r.space, tb_rule_seq(s->g, value, s->r.space)));
