@@ -57,8 +57,8 @@ uint32_t tb_grammar_accept(struct tb_grammar *g, uint32_t state, int32_t token);
 bool tb_grammar_complete(const struct tb_grammar *g, uint32_t state); /* the text may end here */
 bool tb_grammar_final(const struct tb_grammar *g, uint32_t state);    /* and cannot go on */
 /* The tokens allowed in state when `left` tokens may still come (this one included); bit i of
- * word i / 64. Borrowed until the next call. NULL: the states take more memory than a grammar may
- * have. */
+ * word i / 64. Borrowed until the next call. NULL: the states take more memory, or finding them
+ * more work, than a grammar may have. */
 const uint64_t *tb_grammar_mask(struct tb_grammar *g, uint32_t state, uint32_t left);
 /* Its states take more than half of that: texts to come should have a new one. Any thread. */
 bool tb_grammar_worn(const struct tb_grammar *g);

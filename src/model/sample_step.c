@@ -610,7 +610,8 @@ static bool make_allow(struct step *st, const struct tb_seq *q)
     bool may_end = false, any = false;
     const uint64_t *mask = f->mask(f, q->filter_state, q->s->max_tokens - q->n_gen, &may_end);
     if (!mask) {
-        tb_sampling_fail(q->s, TB_ENOMEM, "no memory for the states of the sample's grammar");
+        tb_sampling_fail(q->s, TB_ENOMEM,
+                         "the states of the sample's grammar take more than they may");
         return false;
     }
     memcpy(st->allow, mask, words * sizeof(*mask));
