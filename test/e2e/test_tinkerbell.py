@@ -504,6 +504,48 @@ def test_weights_are_saved_and_loaded(bell):
     assert "nowhere" in bell.failure("load_weights_async", {"model_id": "saver", "path": "nowhere"})
 
 
+def test_runs_are_those_of_the_tinker_api(bell, demo):
+    """An adapter is a run; its checkpoint is sampled, and restored into a model, by the other API."""
+    bell.train("a run")
+    path = bell.job("save_weights_async", {"model_id": "a run", "path": "w"})["path"]
+    run = path.removeprefix("tinker://").split("/")[0]
+    trained = bell.loss("a run")
+    tokens = chat_tokens(demo, CHAT)
+    with Raw(demo.url) as raw:
+        assert run in [r["training_run_id"] for r in raw.get("training_runs").json["training_runs"]]
+        session = raw.create_session()
+        ticket = raw.ok("load_weights", {
+            "model_id": raw.create_model(session, "demo", rank=16), "path": path, "seq_id": 1, "type": "load_weights"})
+        model = raw.retrieve(ticket["request_id"])["model_id"]
+        one = datum(tokens[:-1], target_tokens=tokens[1:], weights=[1.0] * (len(tokens) - 1))
+        loaded = raw.forward_backward(model, 2, [one], forward_only=True)
+        assert loaded["metrics"]["loss:sum"] == trained
+
+
+def test_too_long(bell):
+    error = bell.failure("forward_async", {"model_id": "long", "data": [[{"role": "user", "content": "a b c " * 20000}]]})
+    assert "token" in error or "context" in error, error
+
+
+def test_rewards_of_each_sample(bell):
+    body = {"model_id": "each", "data": [CHAT, CHAT], "loss_fn": "ppo", "loss_fn_inputs": {"rewards": [1.0, 0.5]}}
+    plain = bell.loss("each")
+    assert bell.ok("forward_backward", body)["loss"] == pytest.approx(0.75 * plain, rel=1e-6)
+    body["loss_fn_inputs"]["rewards"] = [0.5]
+    assert bell.ok("forward_backward", body)["loss"] == pytest.approx(0.5 * plain, rel=1e-6)
+
+
+def test_an_adapter_speaks_its_own_model(bell, demo, start, tiny):
+    greedy = {"prompts": ["What is 2 + 3?"], "sampling_params": {"max_tokens": 8, "temperature": 0.0}}
+    with Bell(start({"tiny": tiny, **demo.models}).url) as two:
+        name = two.ok("add_lora", {"base_model": "demo"})["model_id"]
+        assert two.loss("demo") == two.loss(name) == bell.loss("of the first") != two.loss("of the first")
+        assert two.ok("sample", {"model_id": name, **greedy})["completions"] == \
+            bell.ok("sample", {"base_model": "base", **greedy})["completions"]
+        bases = {a["model_id"]: a["base_model"] for a in two.get("/adapters").json["adapters"]}
+        assert bases == {"demo": "demo", name: "demo", "of the first": "tiny"}
+
+
 def test_samples(bell):
     greedy = {"max_tokens": 8, "temperature": 0.0}
     result = bell.ok("sample", {"base_model": "base", "prompts": ["What is 2 + 3?", "Hi"], "sampling_params": greedy})

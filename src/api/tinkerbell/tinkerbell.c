@@ -361,7 +361,7 @@ static void listing(struct tb_api *a, struct tb_http_request *req, const struct 
     tb_api_answer_begin(&b, &j);
     tb_jout_str(&j, "name", "tinkerbell");
     tb_jout_str(&j, "version", tb_api_options_get(a)->version);
-    tb_jout_str(&j, "documentation", "README.md");
+    tb_jout_str(&j, "documentation", "docs/tinkerbell.md");
     put_endpoints(&j);
     tb_jout_object(&j, "pattern");
     tb_jout_str(&j, "async",
