@@ -18,6 +18,8 @@ ROWS = {
     "futures": {"smallest operation, 64 clients", "forward of 8 tokens, 1 client: p99", "1,000 waiting polls: memory"},
     "tinkerbell": {"5 batches, sync", "5 batches, async", "users 16", "small model: users 4: a batch and its step"},
     "http": {"64 connections, per second of CPU time", "1,024 connections, per second"},
+    "chat": {"openai, 3 requests: one at a time", "ollama, 3 requests with a schema: all at once",
+             "demo model: llama.cpp, 3 requests: times more"},
 }
 
 

@@ -73,6 +73,7 @@ static int decode_options(struct tb_llm *l, const struct tb_json *root, struct t
         (rc = tb_llm_float(&o, "presence_penalty", -2, 2, &s->presence_penalty, err)) ||
         (rc = tb_llm_float(&o, "frequency_penalty", -2, 2, &s->frequency_penalty, err)) ||
         (rc = tb_json_int(&o, "seed", false, INT64_MIN, INT64_MAX, &seed, err)) ||
+        (rc = tb_json_bool(&o, "ignore_eos", false, &s->ignore_eos, err)) ||
         (rc = tb_llm_int32(&o, "num_ctx", 0, INT32_MAX, &num_ctx, err)) ||
         (rc = tb_llm_stops(l, &o, "stop", TB_MAX_STOPS, err)) ||
         (rc = tb_llm_refuse(&o, unserved, TB_ARRAY_LEN(unserved), err)))
