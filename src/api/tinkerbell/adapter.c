@@ -23,7 +23,15 @@ struct tb_bell_tenant *tb_bell_tenant(struct tb_api *a, struct tb_tenant *who)
 
 const struct tb_llm_model *tb_bell_base(struct tb_api *a, const char *name)
 {
-    const struct tb_llm_model *m = name ? tb_llm_model_find(a, name) : NULL;
+    const struct tb_llm_model *m = tb_llm_model_find(a, name);
+    const char *end = NULL;
+    char base[TB_MAX_ID + 1];
+    for (const char *p = name; !m && (p = strstr(p, TB_BELL_LORA)); p++)
+        end = p;
+    if (end && (size_t)(end - name) < sizeof(base)) {
+        snprintf(base, sizeof(base), "%.*s", (int)(end - name), name);
+        m = tb_llm_model_find(a, base);
+    }
     return m ? m : tb_llm_model_find(a, NULL);
 }
 
@@ -86,7 +94,7 @@ static struct tb_bell_adapter *adapter_new(struct tb_bell_job *j, const char *na
 {
     struct tb_bell_adapter *ad = tb_calloc(1, sizeof(*ad));
     ad->name = tb_strdup(name);
-    ad->base = tb_bell_base(j->a, j->base_model);
+    ad->base = tb_bell_base(j->a, name);
     ad->next_seq = 1;
     ad->rank = j->lora.rank;
     tb_map_put(&j->tenant->adapters, name, strlen(name), ad);
@@ -168,7 +176,7 @@ static void after_add(struct tb_bell_job *j)
 static void start_add(struct tb_bell_job *j)
 {
     char name[TB_MAX_ID + 32];
-    snprintf(name, sizeof(name), "%s_lora_%08x", j->base_model ? j->base_model : "base",
+    snprintf(name, sizeof(name), "%s" TB_BELL_LORA "%08x", j->base_model ? j->base_model : "base",
              (unsigned)tb_random_u64());
     tb_bell_with_adapter(j, name, after_add);
 }

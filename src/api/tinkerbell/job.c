@@ -135,6 +135,7 @@ void tb_bell_run(struct tb_bell_job *j, struct tb_op *op,
     struct tb_ticket t;
     struct tb_error e = {0};
     int64_t seq = op->seq_id;
+    op->body_bytes = op->arena.total;
     j->step = step;
     if (tb_core_submit(core, who, op, &t, &e)) {
         /* nobody has taken the number, so it must not be left out */

@@ -108,6 +108,10 @@ static int prepare(struct tb_bell_job *j, const struct tb_json *root, struct tb_
          (rc = tb_json_int(&p, "seed", false, INT64_MIN, INT64_MAX, &seed, err)) ||
          (rc = tb_llm_int32(&p, "n", 1, TB_MAX_SAMPLES, &n, err))))
         return rc;
+    if ((int64_t)n * s->n_parts > TB_LLM_MAX_CHOICES)
+        return tb_error_set(err, TB_EINVAL,
+                            "sampling_params.n: %d of each of %d prompts are more than %d", (int)n,
+                            s->n_parts, TB_LLM_MAX_CHOICES);
     if (q->top_k == 0) q->top_k = -1;
     if (q->top_p <= 0) q->top_p = 1;
     struct tb_json v;
@@ -232,6 +236,7 @@ static struct tb_op *sample_op(struct tb_bell_job *j, const struct sample *s, co
     memcpy(tokens, p->tokens, (size_t)p->n_tokens * sizeof(*tokens));
     op->u.sample.prompt = tokens;
     op->u.sample.n_prompt = p->n_tokens;
+    op->body_bytes = op->arena.total;
     if (j->adapter) {
         op->sampling_session_id = tb_arena_strdup(&op->arena, s->sampler_id);
         op->seq_id = j->adapter->next_sample++;

@@ -108,7 +108,9 @@ void tb_bell_detail(struct tb_http_request *req, int status, const char *text);
 
 /* ---- adapter.c */
 struct tb_bell_tenant *tb_bell_tenant(struct tb_api *a, struct tb_tenant *who);
-/* A base model by name, or the first. */
+/* The base model that an adapter of this name has: the one of that name, or of the part before
+ * "_lora_", which add_lora makes names with; else the first. Any thread. */
+#define TB_BELL_LORA "_lora_"
 const struct tb_llm_model *tb_bell_base(struct tb_api *a, const char *name);
 struct tb_bell_adapter *tb_bell_adapter_find(struct tb_bell_tenant *t, const char *name);
 /* Finds j's adapter by name, or submits its creation with j->lora; then calls then, or fails j. */

@@ -404,7 +404,8 @@ static void trained(struct tb_bell_job *j, const struct tb_op *op)
     }
     j->lora.rank = 1;
     tb_bell_with_adapter(
-        j, tb_arena_printf(&j->arena, "reference of %s", tb_llm_model_info(t->base)->name),
+        j,
+        tb_arena_printf(&j->arena, "%s" TB_BELL_LORA "reference", tb_llm_model_info(t->base)->name),
         forward_reference);
 }
 
