@@ -1,12 +1,15 @@
 /*
- * Byte-pair encoding: the bytes of a pre-token become ids, then the adjacent pair of lowest rank is
- * merged, leftmost first, until none can be. A heap of candidate merges over a linked list of
- * symbols keeps a pre-token of any length at O(n log n).
+ * Byte-pair encoding: the bytes of a pre-token (byte-level), or its characters
+ * (SentencePiece-style), become ids, then the adjacent pair of lowest rank is merged, leftmost
+ * first, until none can be. A heap of candidate merges over a linked list of symbols keeps a
+ * pre-token of any length at O(n log n).
  *
  * struct tb_bpe owns its tables and is immutable; the working memory of a call is its own. Thread:
  * any.
  */
 #include <string.h>
+
+#include <utf8proc.h>
 
 #include "tokenizer/internal.h"
 #include "util/map.h"
@@ -25,7 +28,15 @@ struct tb_bpe {
     int32_t byte_id[256]; /* -1 where the vocabulary lacks the byte */
     struct tb_map whole;  /* bytes of a token to its id + 1 */
     bool ignore_merges;   /* a pre-token that is a token is taken at once */
+    bool byte_level;      /* symbols are bytes; else characters, and what follows */
+    bool fallback;        /* a character that is no token becomes its bytes' tokens */
+    bool fuse_unk;        /* neighbours without a token are one unknown token */
+    bool words;           /* no merge joins a word's end and the U+2581 of the next */
+    int32_t unk;          /* -1 without */
+    int32_t *near;        /* [NEAR] ids of the first characters; -1 where there is none */
 };
+#define NEAR 0x3100         /* ids of characters below it are looked up without hashing */
+#define MARK "\xE2\x96\x81" /* U+2581, which stands for a space */
 
 struct symbol {
     int32_t id;
@@ -64,13 +75,18 @@ static void add_merge(struct tb_bpe *b, int32_t left, int32_t right, uint32_t ra
     b->merges[i] = (struct merge){pair, rank, id};
 }
 
-/* The id of a token spelt with the byte map's characters, or -1. tmp has room for n bytes. */
+static int32_t find_whole(const struct tb_bpe *b, const char *p, size_t n)
+{
+    return (int32_t)(intptr_t)tb_map_get(&b->whole, p, n) - 1;
+}
+
+/* The id of a token as the file spells it, or -1. tmp has room for n bytes. */
 static int32_t find_spelt(const struct tb_bpe *b, const struct tb_tokenizer *t, const char *s,
                           size_t n, char *tmp)
 {
     size_t k;
-    if (!tb_tokenizer_unmap(t, s, n, tmp, &k)) return -1;
-    return (int32_t)(intptr_t)tb_map_get(&b->whole, tmp, k) - 1;
+    if (!b->byte_level) return find_whole(b, s, n);
+    return tb_tokenizer_unmap(t, s, n, tmp, &k) ? find_whole(b, tmp, k) : -1;
 }
 
 /* Entry i of model.merges, "a b" or ["a","b"], as two runs of bytes. */
@@ -115,6 +131,9 @@ static int load_merges(struct tb_bpe *b, const struct tb_tokenizer *t, const cha
         char *joined = tmp.p + n;
         memcpy(joined, part[0].p, part[0].n);
         memcpy(joined + part[0].n, part[1].p, part[1].n);
+        bool word_ends = part[0].n < strlen(MARK) ||
+                         memcmp(part[0].p + part[0].n - strlen(MARK), MARK, strlen(MARK)) != 0;
+        if (word_ends && tb_span_starts(part[1], MARK)) b->words = false;
         int32_t left = find_spelt(b, t, part[0].p, part[0].n, tmp.p);
         int32_t right = find_spelt(b, t, part[1].p, part[1].n, tmp.p);
         int32_t id = find_spelt(b, t, joined, n, tmp.p);
@@ -127,6 +146,53 @@ static int load_merges(struct tb_bpe *b, const struct tb_tokenizer *t, const cha
     }
     tb_buf_fini(&tmp);
     return rc;
+}
+
+static bool empty(const json_t *o)
+{
+    return !o || json_is_null(o) || (json_is_string(o) && json_string_length(o) == 0);
+}
+
+/* What the model says beside vocabulary and merges. */
+static int load_options(struct tb_bpe *b, const char *name, const json_t *model, struct tb_error *e)
+{
+    static const char *const affixes[] = {"continuing_subword_prefix", "end_of_word_suffix"};
+    const json_t *dropout = json_object_get(model, "dropout");
+    for (size_t i = 0; i < TB_ARRAY_LEN(affixes); i++) {
+        if (!empty(json_object_get(model, affixes[i])))
+            return tb_error_set(e, TB_EUNSUPPORTED, "%s: model.%s is not served", name, affixes[i]);
+    }
+    if (dropout && !json_is_null(dropout) && json_number_value(dropout) != 0.0)
+        return tb_error_set(e, TB_EUNSUPPORTED, "%s: model.dropout is not served", name);
+    b->ignore_merges = json_is_true(json_object_get(model, "ignore_merges"));
+    b->fallback = json_is_true(json_object_get(model, "byte_fallback"));
+    b->fuse_unk = json_is_true(json_object_get(model, "fuse_unk"));
+    b->unk = -1;
+    return 0;
+}
+
+/* Once the vocabulary is there: the ids of bytes and of the first characters, and of the unknown.
+ */
+static int load_characters(struct tb_bpe *b, const char *name, const json_t *model,
+                           struct tb_error *e)
+{
+    const json_t *unk = json_object_get(model, "unk_token");
+    char s[8];
+    for (int i = 0; i < 256; i++) {
+        int n = snprintf(s, sizeof(s), "<0x%02X>", (unsigned)i);
+        b->byte_id[i] = find_whole(b, s, (size_t)n);
+    }
+    b->near = tb_malloc(NEAR * sizeof(*b->near));
+    for (int c = 0; c < NEAR; c++) {
+        utf8proc_ssize_t n = utf8proc_encode_char(c, (utf8proc_uint8_t *)s);
+        b->near[c] = find_whole(b, s, (size_t)n);
+    }
+    b->words = b->near[0x2581] >= 0;
+    if (empty(unk)) return 0;
+    b->unk = find_whole(b, json_string_value(unk), json_string_length(unk));
+    return b->unk >= 0
+               ? 0
+               : tb_error_set(e, TB_ECORRUPT, "%s: model.unk_token is not in model.vocab", name);
 }
 
 int tb_bpe_create(const struct tb_tokenizer *t, const char *name, const json_t *model,
@@ -142,9 +208,10 @@ int tb_bpe_create(const struct tb_tokenizer *t, const char *name, const json_t *
     struct tb_bpe *b = tb_calloc(1, sizeof(*b));
     tb_map_init(&b->whole);
     b->mask = slots - 1;
-    b->ignore_merges = json_is_true(json_object_get(model, "ignore_merges"));
+    b->byte_level = t->byte_level;
     b->merges = tb_try_malloc(slots * sizeof(*b->merges));
     int rc = b->merges ? 0 : tb_error_set(e, TB_ENOMEM, "%s: out of memory for model.merges", name);
+    if (!rc) rc = load_options(b, name, model, e);
     if (rc) goto out;
     for (size_t i = 0; i < slots; i++)
         b->merges[i].pair = EMPTY;
@@ -167,11 +234,16 @@ int tb_bpe_create(const struct tb_tokenizer *t, const char *name, const json_t *
             rc = tb_error_set(e, TB_ENOMEM, "%s: out of memory for model.vocab", name);
             break;
         }
+        if (!t->byte_level) {
+            tb_map_put(&b->whole, key, n, (void *)(intptr_t)(id + 1));
+            continue;
+        }
         if (!tb_tokenizer_unmap(t, key, n, tmp.p, &k)) continue;
         tb_map_put(&b->whole, tmp.p, k, (void *)(intptr_t)(id + 1));
         if (k == 1) b->byte_id[(unsigned char)tmp.p[0]] = id;
     }
     tb_buf_fini(&tmp);
+    if (!rc && !t->byte_level) rc = load_characters(b, name, model, e);
     if (!rc) rc = load_merges(b, t, name, merges, e);
 out:
     if (rc) {
@@ -187,6 +259,7 @@ void tb_bpe_destroy(struct tb_bpe *b)
     if (!b) return;
     tb_map_fini(&b->whole);
     tb_free(b->merges);
+    tb_free(b->near);
     tb_free(b);
 }
 
@@ -231,7 +304,7 @@ static void consider(const struct tb_bpe *b, const struct symbol *s, int32_t at,
     if (m) heap_push(heap, n_heap, (struct candidate){m->rank, at, m->id});
 }
 
-/* s[0..n) holds one symbol a byte, linked. Every merge pushes at most two candidates: 3 n suffice.
+/* s[0..n) holds the symbols, linked. Every merge pushes at most two candidates: 3 n suffice.
  */
 static void merge_all(const struct tb_bpe *b, struct symbol *s, int32_t n, struct candidate *heap)
 {
@@ -253,15 +326,65 @@ static void merge_all(const struct tb_bpe *b, struct symbol *s, int32_t n, struc
     }
 }
 
-int tb_bpe_encode(const struct tb_bpe *b, const char *p, size_t n, struct tb_ids *out)
+static void put(struct symbol *s, int32_t *n, int32_t id)
+{
+    s[*n] = (struct symbol){id, *n - 1, *n + 1, false};
+    ++*n;
+}
+
+/* One symbol a byte; without an unknown token one that the vocabulary lacks is dropped. */
+static int32_t put_bytes(const struct tb_bpe *b, const char *p, size_t n, struct symbol *s)
+{
+    int32_t k = 0;
+    for (size_t i = 0; i < n; i++) {
+        int32_t id = b->byte_id[(unsigned char)p[i]];
+        if (id >= 0) put(s, &k, id);
+    }
+    return k;
+}
+
+/* True if the n bytes at p all have tokens, which are then put. */
+static bool put_fallback(const struct tb_bpe *b, const char *p, size_t n, struct symbol *s,
+                         int32_t *k)
+{
+    for (size_t i = 0; i < n; i++) {
+        if (b->byte_id[(unsigned char)p[i]] < 0) return false;
+    }
+    for (size_t i = 0; i < n; i++)
+        put(s, k, b->byte_id[(unsigned char)p[i]]);
+    return true;
+}
+
+/* One symbol a character of valid UTF-8. An unknown one waits for the next that is known or
+ * unknown, as in the library: bytes of characters in between come before it. */
+static int32_t put_characters(const struct tb_bpe *b, const char *p, size_t n, struct symbol *s)
+{
+    int32_t k = 0;
+    bool unknown = false;
+    for (size_t i = 0; i < n;) {
+        utf8proc_int32_t c;
+        size_t len = (size_t)utf8proc_iterate((const utf8proc_uint8_t *)p + i,
+                                              (utf8proc_ssize_t)(n - i), &c);
+        int32_t id = c < NEAR ? b->near[c] : find_whole(b, p + i, len);
+        if (id >= 0) {
+            if (unknown) put(s, &k, b->unk);
+            unknown = false;
+            put(s, &k, id);
+        } else if (!(b->fallback && put_fallback(b, p + i, len, s, &k)) && b->unk >= 0) {
+            if (unknown && !b->fuse_unk) put(s, &k, b->unk);
+            unknown = true;
+        }
+        i += len;
+    }
+    if (unknown) put(s, &k, b->unk);
+    return k;
+}
+
+static int encode_word(const struct tb_bpe *b, const char *p, size_t n, struct tb_ids *out)
 {
     struct symbol few[64], *s = few;
     struct candidate few_heap[3 * TB_ARRAY_LEN(few)], *heap = few_heap;
     int rc = 0;
-    if (b->ignore_merges) {
-        int32_t id = (int32_t)(intptr_t)tb_map_get(&b->whole, p, n) - 1;
-        if (id >= 0) return tb_ids_push(out, id);
-    }
     if (n > INT32_MAX / 4) return TB_ETOOBIG;
     if (n > TB_ARRAY_LEN(few)) {
         s = tb_try_malloc(n * sizeof(*s));
@@ -271,13 +394,7 @@ int tb_bpe_encode(const struct tb_bpe *b, const char *p, size_t n, struct tb_ids
             goto out;
         }
     }
-    int32_t k = 0;
-    for (size_t i = 0; i < n; i++) {
-        int32_t id = b->byte_id[(unsigned char)p[i]];
-        if (id < 0) continue; /* without an unknown token such a byte is dropped */
-        s[k] = (struct symbol){id, k - 1, k + 1, false};
-        k++;
-    }
+    int32_t k = b->byte_level ? put_bytes(b, p, n, s) : put_characters(b, p, n, s);
     if (k) {
         s[k - 1].next = -1;
         merge_all(b, s, k, heap);
@@ -288,4 +405,25 @@ out:
     if (s != few) tb_free(s);
     if (heap != few_heap) tb_free(heap);
     return rc;
+}
+
+int tb_bpe_encode(const struct tb_bpe *b, const char *p, size_t n, struct tb_ids *out)
+{
+    if (b->ignore_merges) {
+        int32_t id = find_whole(b, p, n);
+        if (id >= 0) return tb_ids_push(out, id);
+    }
+    /* what no merge can join may as well be merged apart */
+    while (b->words && n) {
+        size_t at = 0;
+        while (tb_span_starts((struct tb_span){p + at, n - at}, MARK))
+            at += strlen(MARK);
+        const char *next = memmem(p + at, n - at, MARK, strlen(MARK));
+        if (!next) break;
+        int rc = encode_word(b, p, (size_t)(next - p), out);
+        if (rc) return rc;
+        n -= (size_t)(next - p);
+        p = next;
+    }
+    return encode_word(b, p, n, out);
 }

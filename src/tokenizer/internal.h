@@ -46,7 +46,7 @@ bool tb_tokenizer_unmap(const struct tb_tokenizer *t, const char *s, size_t n, c
 int tb_bpe_create(const struct tb_tokenizer *t, const char *name, const json_t *model,
                   struct tb_bpe **out, struct tb_error *e);
 void tb_bpe_destroy(struct tb_bpe *b); /* accepts NULL */
-/* Appends the ids of one pre-token's bytes. O(n log n). */
+/* Appends the ids of one pre-token, valid UTF-8. O(n log n). */
 int tb_bpe_encode(const struct tb_bpe *b, const char *p, size_t n, struct tb_ids *out);
 
 /* TB_EUNSUPPORTED names the part that is not served; decoding then still works. */

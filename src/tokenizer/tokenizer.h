@@ -1,7 +1,8 @@
 /*
- * tokenizer.json, byte-level BPE (Qwen, Llama-3, gpt-oss): the decoding half. Every token is a
- * fixed run of bytes, so text is the concatenation of its tokens' bytes and stop strings are
- * searched in bytes.
+ * tokenizer.json: byte-level BPE (Qwen, Llama-3, gpt-oss) and SentencePiece-style BPE with or
+ * without byte fallback (Llama-2, Mistral, Gemma). Every token is a fixed run of bytes, so text is
+ * the concatenation of its tokens' bytes and stop strings are searched in bytes. The one space that
+ * a SentencePiece-style file puts before a text is part of its first token's bytes.
  *
  * struct tb_tokenizer is immutable after tb_tokenizer_create: any number of threads may read it.
  * Its owner destroys it after the last reader. struct tb_stop_set is immutable too and is shared by

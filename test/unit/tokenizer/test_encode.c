@@ -233,10 +233,15 @@ static void test_unsupported(void **state)
         {"pre_tokenizer",
          "{\"type\":\"Split\",\"pattern\":{\"Regex\":\"(\"},\"behavior\":\"Isolated\"}", "pattern"},
         {"post_processor", "{\"type\":\"BertProcessing\"}", "BertProcessing"},
+        {"model.dropout", "0.1", "model.dropout"},
+        {"model.end_of_word_suffix", "\"</w>\"", "model.end_of_word_suffix"},
+        {"model.continuing_subword_prefix", "\"##\"", "model.continuing_subword_prefix"},
     };
     for (size_t i = 0; i < TB_ARRAY_LEN(cases); i++) {
         json_t *file = read_json("qwen.json", true);
-        assert_int_equal(json_object_set_new(file, cases[i].key,
+        bool model = strncmp(cases[i].key, "model.", 6) == 0;
+        assert_int_equal(json_object_set_new(model ? json_object_get(file, "model") : file,
+                                             cases[i].key + (model ? 6 : 0),
                                              json_loads(cases[i].value, JSON_DECODE_ANY, NULL)),
                          0);
         struct tb_tokenizer *t = from_json(file);
@@ -315,6 +320,50 @@ static void test_added(void **state)
     json_decref(file);
 }
 
+/* SentencePiece-style, in small: ids of characters and merges across and within words, bytes of
+ * what has no token, the unknown token, marks put first; all as the library gives them. */
+static void test_sentencepiece(void **state)
+{
+#define MODEL(more)                                                                                \
+    "\"decoder\":{\"type\":\"Sequence\",\"decoders\":[{\"type\":\"ByteFallback\"}]},"              \
+    "\"model\":{\"type\":\"BPE\"," more                                                            \
+    "\"vocab\":{\"<unk>\":0,\"<0xC3>\":1,\"<0xA9>\":2,\"\u2581\":3,\"a\":4,\"b\":5,\"ab\":6,"      \
+    "\"\u2581a\":7,\"\u2581ab\":8},\"merges\":[\"a b\",\"\u2581 ab\",\"\u2581 a\"]}}"
+#define LLAMA                                                                                      \
+    "{\"normalizer\":{\"type\":\"Sequence\",\"normalizers\":[{\"type\":\"Prepend\",\"prepend\":"   \
+    "\"\u2581\"},{\"type\":\"Replace\",\"pattern\":{\"String\":\" \"},\"content\":\"\u2581\"}]},"
+#define FIRST                                                                                      \
+    "{\"pre_tokenizer\":{\"type\":\"Metaspace\",\"replacement\":\"\u2581\",\"prepend_scheme\":"    \
+    "\"first\",\"split\":false},\"added_tokens\":[{\"id\":9,\"content\":\"[x]\"}],"
+    static const struct {
+        const char *json, *text;
+        int32_t n, ids[8];
+    } cases[] = {
+        {LLAMA MODEL("\"byte_fallback\":true,"), "ab  a", 3, {8, 3, 7}},
+        {LLAMA MODEL("\"byte_fallback\":true,"), "a\u00e9\u00ff", 3, {7, 1, 2}},
+        {LLAMA MODEL("\"unk_token\":\"<unk>\","), "\u00e9\u00ffb", 4, {3, 0, 0, 5}},
+        {LLAMA MODEL("\"unk_token\":\"<unk>\",\"fuse_unk\":true,"), "\u00e9\u00ffb", 3, {3, 0, 5}},
+        {FIRST MODEL(""), "ab[x]ab", 3, {8, 9, 6}},
+        {FIRST MODEL(""), " ab", 1, {8}},
+        {FIRST MODEL(""), "", 0, {0}},
+    };
+    for (size_t i = 0; i < TB_ARRAY_LEN(cases); i++) {
+        struct tb_tokenizer *t;
+        struct tb_error e;
+        struct tb_ids ids;
+        if (tb_tokenizer_create_from_json("sp", tb_span_str(cases[i].json), &t, &e))
+            fail_msg("%s", e.msg);
+        tb_ids_init(&ids);
+        int rc = tb_tokenizer_encode(t, tb_span_str(cases[i].text), 0, &ids, &e);
+        if (rc) fail_msg("case %zu: %s", i, e.msg);
+        assert_int_equal(ids.n, cases[i].n);
+        for (size_t k = 0; k < ids.n; k++)
+            assert_int_equal(ids.p[k], cases[i].ids[k]);
+        tb_ids_fini(&ids);
+        tb_tokenizer_destroy(t);
+    }
+}
+
 /* The demo model's folder, with ids recorded with transformers. */
 static void test_demo_model(void **state)
 {
@@ -344,7 +393,7 @@ int main(void)
         cmocka_unit_test(test_merge_order),      cmocka_unit_test(test_long_pre_token),
         cmocka_unit_test(test_bad_text),         cmocka_unit_test(test_unsupported),
         cmocka_unit_test(test_malformed_merges), cmocka_unit_test(test_added),
-        cmocka_unit_test(test_demo_model),
+        cmocka_unit_test(test_sentencepiece),    cmocka_unit_test(test_demo_model),
     };
     return cmocka_run_group_tests_name("tokenizer encode", tests, NULL, NULL);
 }
