@@ -191,6 +191,16 @@ def test_logprobs_of_a_completion(client, raw_demo, demo):
     assert all(1 <= len(top) <= 3 for top in got.top_logprobs)
 
 
+def test_offsets_are_of_characters(client):
+    prompt = "\u00e9t\u00e9 \u2013 \U0001f642 and text"
+    got = client.completions.create(model="demo", prompt=prompt, max_tokens=0, echo=True, logprobs=0).choices[0].logprobs
+    whole = [(t, at) for t, at in zip(got.tokens, got.text_offset) if "\ufffd" not in t]
+    assert whole and all(prompt[at:at + len(t)] == t for t, at in whole)
+    stream = list(long_text(client, logprobs=0, stream=True))
+    streamed = [at for chunk in stream for c in chunk.choices if c.logprobs for at in c.logprobs.text_offset]
+    assert streamed == long_text(client, logprobs=0).choices[0].logprobs.text_offset
+
+
 def test_echo_scores_a_prompt(client, raw_demo, demo):
     prompt = "What is the capital of France?"
     ids = tokenize(demo.url, prompt)

@@ -66,6 +66,7 @@ struct tb_llm_choice {
     struct tb_llm_text text;
     struct tb_buf whole; /* valid UTF-8 */
     size_t told;         /* bytes of whole that were streamed */
+    size_t offset;       /* the face's: characters of the tokens that were told */
     int32_t n, cap;      /* tokens so far */
     int32_t *tokens;
     float *logprobs;

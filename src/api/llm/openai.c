@@ -302,12 +302,22 @@ static void put_tops(struct tb_json_out *j, const struct tb_llm *l, const struct
     }
 }
 
-static void put_text_logprobs(struct tb_json_out *j, const struct tb_llm *l, const struct run *runs,
-                              int n_runs, size_t offset)
+/* Characters that begin in s. */
+static size_t n_characters(struct tb_span s)
+{
+    size_t n = 0;
+    for (size_t i = 0; i < s.n; i++)
+        n += ((unsigned char)s.p[i] & 0xc0) != 0x80;
+    return n;
+}
+
+/* offset: characters of the tokens before. Returns it for those after. */
+static size_t put_text_logprobs(struct tb_json_out *j, const struct tb_llm *l,
+                                const struct run *runs, int n_runs, size_t offset)
 {
     if (!l->logprobs) {
         tb_jout_null(j, "logprobs");
-        return;
+        return offset;
     }
     tb_jout_object(j, "logprobs");
     tb_jout_array(j, "tokens");
@@ -335,11 +345,12 @@ static void put_text_logprobs(struct tb_json_out *j, const struct tb_llm *l, con
     for (int r = 0; r < n_runs; r++) {
         for (int32_t i = 0; i < runs[r].n; i++) {
             tb_jout_int(j, NULL, (int64_t)offset);
-            offset += token_text(l, runs[r].tokens[i]).n;
+            offset += n_characters(token_text(l, runs[r].tokens[i]));
         }
     }
     tb_jout_array_end(j);
     tb_jout_object_end(j);
+    return offset;
 }
 
 static void put_usage(struct tb_json_out *j, const struct tb_llm *l)
@@ -424,7 +435,7 @@ static void put_event(struct tb_llm *l, struct tb_llm_choice *c, bool role, bool
                           l->top_logprobs ? c->topk_ids + k : NULL,
                           l->top_logprobs ? c->topk_logprobs + k : NULL};
         tb_jout_strn(&j, "text", text, n);
-        put_text_logprobs(&j, l, &run, 1, c->told);
+        c->offset = put_text_logprobs(&j, l, &run, 1, c->offset);
     }
     if (end)
         put_finish(&j, c);
