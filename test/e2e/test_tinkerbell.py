@@ -680,6 +680,23 @@ def test_sixteen_users(demo):
     assert alone == together
 
 
+def test_names_tell_the_base_model(start, demo, tiny):
+    """Conversations become tokens by the tokenizer of the adapter's base model, whichever that is."""
+    own = start({"tiny": tiny, "demo": demo.models["demo"]})
+    with Bell(demo.url) as b:
+        expected = b.loss("anything")
+    with Bell(own.url) as b:
+        other = b.loss("anything")
+        name = b.ok("add_lora", {"base_model": "demo"})["model_id"]
+        assert b.loss("demo") == b.loss(name) == expected != other == b.loss("tiny")
+        assert [m["model_id"] for m in b.get("/get_server_capabilities").json["supported_models"]] == ["tiny", "demo"]
+        bases = {a["model_id"]: a["base_model"] for a in b.get("/adapters").json["adapters"]}
+        assert bases == {"anything": "tiny", "demo": "demo", name: "demo", "tiny": "tiny"}
+        inputs = {"rewards": [1.0], "kl_coeff": 0.1}
+        body = {"model_id": name, "data": [CHAT], "loss_fn": "ppo", "loss_fn_inputs": inputs}
+        assert b.ok("forward_backward", body)["kl_penalty"] == pytest.approx(0, abs=1e-4)
+
+
 def test_tenants(start, demo):
     own = start({"demo": demo.models["demo"]}, args=["--api-key", "tml-a=alice", "--api-key", "tml-b=bob"])
     with Bell(own.url) as b:
