@@ -495,7 +495,7 @@ static void run_schedules(const char *dtype, int n)
         (unsigned long long)b.kv.n_hit_tokens);
     assert_true(n_bytes > (size_t)n * 10000 && n_failed > 10 && n_canceled > 10 &&
                 b.steps < a.steps);
-    assert_true(b.kv.n_preempted > 10 && b.kv.n_hit_tokens > 1000);
+    assert_true(b.kv.n_preempted > (uint64_t)n / 20 && b.kv.n_hit_tokens > (uint64_t)n * 10);
     stop(&alone);
     stop(&together);
 }
