@@ -49,7 +49,6 @@ void tb_http_server_check(struct tb_http_server *s)
 {
     if (s->state == TB_HTTP_DRAINING && s->drain_cb) tb_http_server_wake(s);
     if (s->state != TB_HTTP_CLOSING || s->n_handles || s->n_files) return;
-    tb_http_calls_abort(s);
     tb_http_calls_deliver(s);
     TB_LIST_FOREACH_SAFE (it, tmp, &s->orphans) {
         struct tb_http_exchange *x = TB_LIST_ENTRY(it, struct tb_http_exchange, node);
@@ -289,6 +288,7 @@ void tb_http_server_close(struct tb_http_server *s, void (*cb)(void *arg), void 
     s->drain_cb = NULL;
     listeners_close(s);
     conns_close(s, false);
+    tb_http_calls_abort(s); /* before the files that answer them are waited for */
     uv_close((uv_handle_t *)&s->wake, own_handle_closed);
     uv_close((uv_handle_t *)&s->tick, own_handle_closed);
 }

@@ -57,6 +57,29 @@ static void on_reply(void *arg, const struct tb_http_reply *reply)
 
 static char file_path[] = "/tmp/tb-test-call-XXXXXX";
 
+/* A source that is read when the test says so. */
+static struct {
+    struct tb_http_source source;
+    uv_sem_t reading, go;
+    bool freed;
+} slow;
+
+static int slow_read(struct tb_http_source *s, uint64_t at, void *to, size_t n)
+{
+    (void)s;
+    (void)at;
+    uv_sem_post(&slow.reading);
+    uv_sem_wait(&slow.go);
+    memset(to, 'x', n);
+    return 0;
+}
+
+static void slow_free(struct tb_http_source *s)
+{
+    (void)s;
+    slow.freed = true;
+}
+
 static void handler(void *arg, struct tb_http_request *req)
 {
     static const struct tb_http_field fields[] = {{"X-A", "1"}};
@@ -75,6 +98,8 @@ static void handler(void *arg, struct tb_http_request *req)
         tb_http_respond_file(req, file_path, "text/plain", fields, 1);
     } else if (tb_span_eq(req->path, "/none")) {
         tb_http_respond_file(req, "/nonexistent/x", "text/plain", fields, 1);
+    } else if (tb_span_eq(req->path, "/slow")) {
+        tb_http_respond_source(req, &slow.source, "text/plain", fields, 1);
     } else if (tb_span_eq(req->path, "/hold")) {
         fx_hold(arg, req);
     } else {
@@ -205,12 +230,37 @@ static void test_stopping(void **state)
     }
 }
 
+/* Closed while the pool reads the last piece of an answer. */
+static void test_stopping_in_a_read(void **state)
+{
+    struct fixture f;
+    struct got g = {0};
+    slow.source = (struct tb_http_source){.size = 5, .read = slow_read, .free = slow_free};
+    assert_int_equal(uv_sem_init(&slow.reading, 0), 0);
+    assert_int_equal(uv_sem_init(&slow.go, 0), 0);
+    fx_start(&f, NULL, handler);
+    start(&f, &g, TB_HTTP_GET, "/slow", "");
+    FX_UNTIL(&f, uv_sem_trywait(&slow.reading) == 0);
+    tb_http_server_close(f.s, closed, &f);
+    fx_turn(&f);
+    uv_sem_post(&slow.go);
+    FX_UNTIL(&f, f.n_closed == 1);
+    f.s = NULL;
+    fx_stop(&f);
+    assert_true(slow.freed);
+    assert_int_equal(g.n, 1);
+    assert_int_equal(g.status, 503);
+    uv_sem_destroy(&slow.reading);
+    uv_sem_destroy(&slow.go);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_answers),
         cmocka_unit_test(test_refused),
         cmocka_unit_test(test_stopping),
+        cmocka_unit_test(test_stopping_in_a_read),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
