@@ -173,39 +173,12 @@ static int decode(struct tb_llm *l, const struct tb_json *root, struct tb_error 
 
 /* ---- encoding */
 
-static void put_token_text(struct tb_json_out *j, const struct tb_llm *l, int32_t id, float logprob)
-{
-    struct tb_span s = {"", 0};
-    tb_tokenizer_token_bytes(tb_llm_model_info(l->model)->text, id, &s);
-    tb_jout_int(j, "id", id);
-    tb_jout_strn(j, "token", s.p, s.n);
-    tb_jout_array(j, "bytes");
-    for (size_t i = 0; i < s.n; i++)
-        tb_jout_int(j, NULL, (unsigned char)s.p[i]);
-    tb_jout_array_end(j);
-    tb_jout_f32(j, "logprob", logprob);
-}
-
 static void put_probs(struct tb_json_out *j, const struct tb_llm *l, const struct tb_llm_choice *c,
                       int32_t from)
 {
-    size_t k = (size_t)l->top_logprobs;
-    if (k == 0) return;
-    tb_jout_array(j, "completion_probabilities");
-    for (int32_t i = from; i < c->n; i++) {
-        tb_jout_object(j, NULL);
-        put_token_text(j, l, c->tokens[i], c->logprobs[i]);
-        tb_jout_array(j, "top_logprobs");
-        for (size_t t = 0; t < k; t++) {
-            tb_jout_object(j, NULL);
-            put_token_text(j, l, c->topk_ids[(size_t)i * k + t],
-                           c->topk_logprobs[(size_t)i * k + t]);
-            tb_jout_object_end(j);
-        }
-        tb_jout_array_end(j);
-        tb_jout_object_end(j);
-    }
-    tb_jout_array_end(j);
+    if (l->top_logprobs)
+        tb_llm_put_logprobs(j, "completion_probabilities", l, c, from,
+                            TB_LLM_TOKEN_ID | TB_LLM_TOKEN_BYTES);
 }
 
 static void put_tokens(struct tb_json_out *j, const struct tb_llm *l, const struct tb_llm_choice *c,

@@ -6,6 +6,7 @@
  *   llm.c      a request's way: pool (JSON), loop (model), pool (tokens, grammar), loop (core)
  *   models.c   served models by name, their renderers, vocabularies and grammars
  *   text.c     tokens to text: stop strings, UTF-8, special tokens
+ *   logprobs.c tokens with their log-probabilities
  *   options.c  fields that several dialects have
  *   list.c     the names of all models
  *
@@ -174,6 +175,17 @@ void tb_llm_list(struct tb_api *a, struct tb_http_request *req, tb_llm_list_cb c
 /* The one of that name; TB_ENOTFOUND. */
 void tb_llm_list_one(struct tb_api *a, struct tb_http_request *req, const char *name,
                      tb_llm_list_cb cb);
+
+/* ---- logprobs.c */
+enum tb_llm_token_parts {
+    TB_LLM_TOKEN_ID = 1,
+    TB_LLM_TOKEN_BYTES = 2,
+    TB_LLM_TOKEN_TOPS = 4, /* "top_logprobs" also when none were asked for */
+};
+struct tb_span tb_llm_token_bytes(const struct tb_llm *l, int32_t id); /* none: empty */
+/* A list of c's tokens from .. c->n: {token, logprob, top_logprobs} and the parts. */
+void tb_llm_put_logprobs(struct tb_json_out *j, const char *key, const struct tb_llm *l,
+                         const struct tb_llm_choice *c, int32_t from, unsigned parts);
 
 /* A compiled grammar, kept for requests to come. */
 struct tb_llm_grammar {

@@ -206,33 +206,10 @@ static void put_text(struct tb_json_out *j, const struct tb_llm *l, const char *
     tb_jout_object_end(j);
 }
 
-static void put_token(struct tb_json_out *j, const struct tb_llm *l, int32_t id, float logprob)
-{
-    struct tb_span s = {"", 0};
-    tb_tokenizer_token_bytes(tb_llm_model_info(l->model)->text, id, &s);
-    tb_jout_strn(j, "token", s.p, s.n);
-    tb_jout_f32(j, "logprob", logprob);
-}
-
 static void put_logprobs(struct tb_json_out *j, const struct tb_llm *l,
                          const struct tb_llm_choice *c, int32_t from)
 {
-    size_t k = (size_t)l->top_logprobs;
-    if (!l->logprobs) return;
-    tb_jout_array(j, "logprobs");
-    for (int32_t i = from; i < c->n; i++) {
-        tb_jout_object(j, NULL);
-        put_token(j, l, c->tokens[i], c->logprobs[i]);
-        if (k) tb_jout_array(j, "top_logprobs");
-        for (size_t t = 0; t < k; t++) {
-            tb_jout_object(j, NULL);
-            put_token(j, l, c->topk_ids[(size_t)i * k + t], c->topk_logprobs[(size_t)i * k + t]);
-            tb_jout_object_end(j);
-        }
-        if (k) tb_jout_array_end(j);
-        tb_jout_object_end(j);
-    }
-    tb_jout_array_end(j);
+    if (l->logprobs) tb_llm_put_logprobs(j, "logprobs", l, c, from, 0);
 }
 
 static void put_stats(struct tb_json_out *j, const struct tb_llm *l, const struct tb_llm_choice *c)

@@ -228,24 +228,6 @@ static int decode(struct tb_llm *l, const struct tb_json *root, struct tb_error 
 
 /* ---- encoding */
 
-static struct tb_span token_text(const struct tb_llm *l, int32_t id)
-{
-    struct tb_span s = {"", 0};
-    tb_tokenizer_token_bytes(tb_llm_model_info(l->model)->text, id, &s);
-    return s;
-}
-
-static void put_token(struct tb_json_out *j, const struct tb_llm *l, int32_t id, float logprob)
-{
-    struct tb_span s = token_text(l, id);
-    tb_jout_strn(j, "token", s.p, s.n);
-    tb_jout_f32(j, "logprob", logprob);
-    tb_jout_array(j, "bytes");
-    for (size_t i = 0; i < s.n; i++)
-        tb_jout_int(j, NULL, (unsigned char)s.p[i]);
-    tb_jout_array_end(j);
-}
-
 /* "logprobs" of a chat's tokens from .. c->n */
 static void put_chat_logprobs(struct tb_json_out *j, const struct tb_llm *l,
                               const struct tb_llm_choice *c, int32_t from)
@@ -254,22 +236,8 @@ static void put_chat_logprobs(struct tb_json_out *j, const struct tb_llm *l,
         tb_jout_null(j, "logprobs");
         return;
     }
-    size_t k = (size_t)l->top_logprobs;
     tb_jout_object(j, "logprobs");
-    tb_jout_array(j, "content");
-    for (int32_t i = from; i < c->n; i++) {
-        tb_jout_object(j, NULL);
-        put_token(j, l, c->tokens[i], c->logprobs[i]);
-        tb_jout_array(j, "top_logprobs");
-        for (size_t t = 0; t < k; t++) {
-            tb_jout_object(j, NULL);
-            put_token(j, l, c->topk_ids[(size_t)i * k + t], c->topk_logprobs[(size_t)i * k + t]);
-            tb_jout_object_end(j);
-        }
-        tb_jout_array_end(j);
-        tb_jout_object_end(j);
-    }
-    tb_jout_array_end(j);
+    tb_llm_put_logprobs(j, "content", l, c, from, TB_LLM_TOKEN_BYTES | TB_LLM_TOKEN_TOPS);
     tb_jout_object_end(j);
 }
 
@@ -291,7 +259,7 @@ static void put_tops(struct tb_json_out *j, const struct tb_llm *l, const struct
         }
         tb_jout_object(j, NULL);
         for (size_t t = 0; t < k; t++) {
-            struct tb_span s = token_text(l, r->topk_ids[(size_t)i * k + t]);
+            struct tb_span s = tb_llm_token_bytes(l, r->topk_ids[(size_t)i * k + t]);
             struct tb_buf key;
             tb_buf_init(&key, TB_API_MAX_ANSWER);
             tb_utf8_append(&key, s.p, s.n);
@@ -323,7 +291,7 @@ static size_t put_text_logprobs(struct tb_json_out *j, const struct tb_llm *l,
     tb_jout_array(j, "tokens");
     for (int r = 0; r < n_runs; r++) {
         for (int32_t i = 0; i < runs[r].n; i++) {
-            struct tb_span s = token_text(l, runs[r].tokens[i]);
+            struct tb_span s = tb_llm_token_bytes(l, runs[r].tokens[i]);
             tb_jout_strn(j, NULL, s.p, s.n);
         }
     }
@@ -345,7 +313,7 @@ static size_t put_text_logprobs(struct tb_json_out *j, const struct tb_llm *l,
     for (int r = 0; r < n_runs; r++) {
         for (int32_t i = 0; i < runs[r].n; i++) {
             tb_jout_int(j, NULL, (int64_t)offset);
-            offset += n_characters(token_text(l, runs[r].tokens[i]));
+            offset += n_characters(tb_llm_token_bytes(l, runs[r].tokens[i]));
         }
     }
     tb_jout_array_end(j);
@@ -480,7 +448,7 @@ static void put_text_choice(struct tb_json_out *j, struct tb_llm *l, struct tb_l
     struct tb_buf text;
     tb_buf_init(&text, TB_API_MAX_ANSWER);
     for (int32_t i = 0; l->echo && i < p->n_tokens; i++) {
-        struct tb_span s = token_text(l, p->tokens[i]);
+        struct tb_span s = tb_llm_token_bytes(l, p->tokens[i]);
         tb_buf_append(&text, s.p, s.n);
     }
     if (l->sample.max_tokens == 0) /* the prompt's scores only; what was sampled is not asked for */

@@ -67,25 +67,20 @@ static bool is_prompt_alone(const struct tb_http_request *req)
 
 /* ---- jobs */
 
-#define JOB(name, kind)                                                                            \
-    static void name##_sync(struct tb_api *a, struct tb_http_request *req,                         \
-                            const struct tb_route_match *m)                                        \
-    {                                                                                              \
-        (void)m;                                                                                   \
-        tb_bell_begin(a, req, &(kind), true);                                                      \
-    }                                                                                              \
-    static void name##_async(struct tb_api *a, struct tb_http_request *req,                        \
-                             const struct tb_route_match *m)                                       \
-    {                                                                                              \
-        (void)m;                                                                                   \
-        tb_bell_begin(a, req, &(kind), false);                                                     \
-    }
 #define ASYNC_JOB(name, kind)                                                                      \
     static void name##_async(struct tb_api *a, struct tb_http_request *req,                        \
                              const struct tb_route_match *m)                                       \
     {                                                                                              \
         (void)m;                                                                                   \
         tb_bell_begin(a, req, &(kind), false);                                                     \
+    }
+#define JOB(name, kind)                                                                            \
+    ASYNC_JOB(name, kind)                                                                          \
+    static void name##_sync(struct tb_api *a, struct tb_http_request *req,                         \
+                            const struct tb_route_match *m)                                        \
+    {                                                                                              \
+        (void)m;                                                                                   \
+        tb_bell_begin(a, req, &(kind), true);                                                      \
     }
 
 JOB(forward, tb_bell_forward)
