@@ -70,6 +70,17 @@ static size_t scratch_bytes(struct tb_backend *be)
     return n;
 }
 
+/* Which thread took the warm-up's tasks is chance: all get what the busiest one has. */
+static void even_scratch(struct tb_backend *be)
+{
+    struct tb_cpu *c = tb_cpu(be);
+    size_t most = 0;
+    for (int i = 0; i < be->n_threads; i++)
+        most = TB_MAX(most, c->own[i].bytes);
+    for (int i = 0; i < be->n_threads; i++)
+        tb_scratch_get(&c->own[i], most);
+}
+
 /* dtype: f32 or bf16. Memory for `adapters` of the largest beside a pass over the longest datum. */
 static void open_pair(struct pair *p, const char *dtype, double adapters)
 {
@@ -87,6 +98,7 @@ static void open_pair(struct pair *p, const char *dtype, double adapters)
     }
     struct tb_backend *be = p->be[1];
     warm_up(p->m[1]);
+    even_scratch(be);
     size_t base = be->mem_used;
     for (int i = 0; i < N_ADAPTERS; i++) {
         for (int k = 0; k < 2; k++)
