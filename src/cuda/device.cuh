@@ -27,7 +27,8 @@ typedef __nv_bfloat16 bf16;
 #ifdef TB_CUDA_EMU
 #    define TB_LAUNCH(c, kernel, grid, block, smem, ...)                                           \
         do {                                                                                       \
-            emu_launch((grid), (block), (smem), [&] { (kernel)(__VA_ARGS__); });                   \
+            emu_launch(#kernel, __FILE__, __LINE__, (grid), (block), (smem), (c)->stream,          \
+                       (kernel), __VA_ARGS__);                                                     \
             tb_cuda_ok((c), cudaGetLastError(), #kernel);                                          \
         } while (0)
 #    define TB_DYN_SHARED(type, name) type *name = (type *)emu_dynamic_shared()
@@ -208,13 +209,17 @@ __device__ static inline void copy16_async(void *shared, const void *global, boo
 }
 __device__ static inline void copy_async_commit(void)
 {
-#ifndef TB_CUDA_EMU
+#ifdef TB_CUDA_EMU
+    emu_copy_commit();
+#else
     asm volatile("cp.async.commit_group;\n" ::: "memory");
 #endif
 }
 template <int n> __device__ static inline void copy_async_wait(void)
 {
-#ifndef TB_CUDA_EMU
+#ifdef TB_CUDA_EMU
+    emu_copy_wait(n);
+#else
     asm volatile("cp.async.wait_group %0;\n" ::"n"(n) : "memory");
 #endif
 }
