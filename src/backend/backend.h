@@ -106,6 +106,8 @@ struct tb_logit_edit {
     float bias, repeat, minus;
 };
 
+enum tb_queue { TB_QUEUE_TRAIN, TB_QUEUE_SAMPLE, TB_N_QUEUES };
+
 struct tb_backend_ops {
     const char *name; /* "cpu", "cuda" */
     void (*destroy)(struct tb_backend *be);
@@ -113,6 +115,15 @@ struct tb_backend_ops {
     void (*describe)(struct tb_backend *be, char *out, size_t n);
     /* Waits for all queued work; 0 or TB_EDEVICE. */
     int (*sync)(struct tb_backend *be, struct tb_error *err);
+
+    /* ---- queues; NULL: the backend has none. What this thread asks for from now on belongs to
+     * that queue, and comes after all that was asked for before, on either. A thread calls it
+     * before anything else of a turn. */
+    void (*use)(struct tb_backend *be, enum tb_queue queue);
+    /* Queues work by calling fn(arg), with what it asks for run as one unit where that is faster:
+     * part of a step over `rows` sequences that advance by a row each, which neither waits nor
+     * hands anything to the host. fn may be called twice; it changes nothing on the host. */
+    void (*step)(struct tb_backend *be, int rows, void (*fn)(void *arg), void *arg);
 
     /* ---- memory. alloc: 64-byte aligned, not cleared, NULL when there is none left. */
     void *(*alloc)(struct tb_backend *be, size_t bytes);
@@ -271,6 +282,19 @@ struct tb_reclaimer {
     void (*reclaim)(void *arg, size_t bytes);
 };
 
+static inline void tb_backend_use(struct tb_backend *be, enum tb_queue queue)
+{
+    if (be->ops->use) be->ops->use(be, queue);
+}
+static inline void tb_backend_step(struct tb_backend *be, int rows, void (*fn)(void *arg),
+                                   void *arg)
+{
+    if (be->ops->step)
+        be->ops->step(be, rows, fn, arg);
+    else
+        fn(arg);
+}
+
 static inline bool tb_backend_fits(const struct tb_backend *be, size_t bytes)
 {
     return !be->mem_limit || (bytes <= be->mem_limit && be->mem_used <= be->mem_limit - bytes);
@@ -290,7 +314,7 @@ struct tb_backend_options {
     size_t mem_limit; /* 0 = none: an allocation fails when the machine has no more */
     int n_threads;    /* 0 = all cores */
     const char *isa;  /* NULL = best; "plain", "avx2", "avx512", "avx512_bf16": tests force one */
-    const char *devices; /* cuda: "0,1" */
+    const char *devices; /* cuda: the device's number, "0" */
 };
 
 /* What --backend and --dtype mean on this machine. name: "auto", "cpu", "cuda"; dtype: "auto",

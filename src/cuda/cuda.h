@@ -30,6 +30,7 @@ struct tb_cuda {
     struct tb_backend be; /* first: the table's functions cast */
     struct tb_backend_ops ops;
     int device;
+    char name[64];
     int n_sm;            /* multiprocessors */
     size_t smem_block;   /* shared memory that a block may ask for */
     cudaStream_t stream; /* where work is queued now */
@@ -37,11 +38,15 @@ struct tb_cuda {
      * function works through its rows in pieces that fit. */
     void *scratch;
     size_t scratch_bytes; /* at least TB_CUDA_SCRATCH */
+    size_t total_bytes;   /* of device memory */
+    void *memory;         /* what the pool cuts up */
     struct tb_cuda_pool *pool;
     struct tb_cuda_ring *ring;
     struct tb_cuda_plans *plans;
     struct tb_cuda_queues *queues;
     struct tb_error lost; /* code 0: the device works */
+    /* A step is being captured: nothing runs, and a call that fails only ends the capture. */
+    bool capturing, capture_failed;
 };
 
 #define TB_CUDA_SCRATCH ((size_t)32 << 20)
@@ -51,12 +56,18 @@ static inline struct tb_cuda *tb_cuda(struct tb_backend *be)
     return (struct tb_cuda *)(void *)be;
 }
 
+/* Device `options->devices` (one number; NULL: 0). mem_limit 0, or more than is free: nine tenths
+ * of the device's free memory. */
+int tb_backend_cuda_create(struct tb_backend **out, const struct tb_backend_options *options,
+                           struct tb_error *err);
+
 /* Notes a failed call; the first one stays. False when e is an error or the device is lost. */
 bool tb_cuda_ok(struct tb_cuda *c, cudaError_t e, const char *what);
 
 /* A device copy of a host array (positions, spans, ...), for the kernels queued next; the host's
- * may be changed at once. Valid until the next ops->sync or 64 more calls' worth of room; NULL when
- * the device is lost (then nothing may be launched). At most TB_CUDA_STAGE bytes. */
+ * may be changed at once. Valid for the kernels that this call of the table queues, which may stage
+ * 2 * TB_CUDA_STAGE bytes, no array more than TB_CUDA_STAGE; NULL when the device is lost (then
+ * nothing may be launched). */
 const void *tb_cuda_stage(struct tb_cuda *c, const void *host, size_t bytes);
 #define TB_CUDA_STAGE ((size_t)8 << 20)
 
@@ -68,6 +79,8 @@ void tb_cuda_memory_ops(struct tb_backend_ops *o);   /* pool.c, staging.c */
 void tb_cuda_product_ops(struct tb_backend_ops *o);  /* product.c: cuBLASLt */
 void tb_cuda_queue_ops(struct tb_backend_ops *o);    /* queue.c: streams and graphs */
 void tb_cuda_elem_ops(struct tb_backend_ops *o);     /* k_elem.cu */
+void tb_cuda_norm_ops(struct tb_backend_ops *o);     /* k_norm.cu */
+void tb_cuda_optim_ops(struct tb_backend_ops *o);    /* k_optim.cu */
 void tb_cuda_lora_ops(struct tb_backend_ops *o);     /* k_lora.cu */
 void tb_cuda_attn_ops(struct tb_backend_ops *o);     /* k_attn.cu */
 void tb_cuda_attn_bwd_ops(struct tb_backend_ops *o); /* k_attn_bwd.cu */

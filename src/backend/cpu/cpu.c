@@ -15,22 +15,6 @@
 
 #include "backend/cpu/team.h"
 
-float tb_f16_to_f32(uint16_t h)
-{
-    uint32_t sign = (uint32_t)(h & 0x8000u) << 16, e = (h >> 10) & 31u, m = h & 0x3ffu, u;
-    float f;
-    if (e == 31) {
-        u = sign | 0x7f800000u | (m << 13);
-    } else if (e != 0) {
-        u = sign | ((e + 112u) << 23) | (m << 13);
-    } else {
-        f = (float)m * 0x1.0p-24f;
-        return sign ? -f : f;
-    }
-    memcpy(&f, &u, 4);
-    return f;
-}
-
 /* ---- memory */
 
 void *tb_cpu_alloc(size_t bytes)

@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "backend/backend.h"
+#include "backend/number.h"
 
 struct tb_team;
 
@@ -43,38 +44,6 @@ struct tb_weight {
 static inline struct tb_cpu *tb_cpu(struct tb_backend *be)
 {
     return (struct tb_cpu *)(void *)be;
-}
-
-/* bf16 <-> float32, round to nearest even; NaN stays NaN. */
-static inline float tb_bf16_to_f32(uint16_t h)
-{
-    uint32_t u = (uint32_t)h << 16;
-    float f;
-    memcpy(&f, &u, 4);
-    return f;
-}
-static inline uint16_t tb_f32_to_bf16(float f)
-{
-    uint32_t u;
-    memcpy(&u, &f, 4);
-    if ((u & 0x7fffffffu) > 0x7f800000u) return (uint16_t)((u >> 16) | 0x40u);
-    return (uint16_t)((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
-}
-float tb_f16_to_f32(uint16_t h);
-
-/* Element i of an array of the given type, widened. */
-static inline float tb_load(enum tb_dtype t, const void *p, size_t i)
-{
-    if (t == TB_F32) return ((const float *)p)[i];
-    uint16_t h = ((const uint16_t *)p)[i];
-    return t == TB_BF16 ? tb_bf16_to_f32(h) : tb_f16_to_f32(h);
-}
-static inline void tb_store(enum tb_dtype t, void *p, size_t i, float f)
-{
-    if (t == TB_F32)
-        ((float *)p)[i] = f;
-    else
-        ((uint16_t *)p)[i] = tb_f32_to_bf16(f);
 }
 
 /* Tables of functions: each fills what it implements. */

@@ -1,0 +1,145 @@
+/*
+ * Queues: a stream for training and all else, and one for sampling; decode steps as graphs.
+ *
+ * Everything runs in the order in which the host asked for it: whoever begins to use a queue makes
+ * it wait, on the device, for all that is on the other. So memory that one queue frees may be taken
+ * on the other at once, and no kernel sees a buffer before it is written or after. A lane trains
+ * and samples in turn and waits at the end of each, so nothing is lost by that.
+ *
+ * A decode step asks for hundreds of small kernels. The work of a class of steps (a power of two of
+ * rows) is captured into a graph, which updates the class's executable graph, and that is launched:
+ * the device goes from kernel to kernel without the host. Where the update is refused, as the
+ * kernels are others, a new executable is made. The first step of a class is not captured: what
+ * loads at a kernel's first launch has been loaded then. A capture that fails has run nothing; its
+ * work is asked for again, plainly.
+ *
+ * Owner: struct tb_cuda. Thread: the backend's; the current device is the thread's.
+ */
+#include "cuda/host.h"
+#include "util/log.h"
+#include "util/mem.h"
+
+#define N_CLASSES    16 /* of steps, by the power of two at or above their rows */
+#define MAX_FAILURES 8  /* after so many captures that failed in a row, none is tried */
+
+struct graph_class {
+    cudaGraphExec_t exec; /* or NULL */
+    bool warm;            /* one has run plainly */
+};
+
+struct tb_cuda_queues {
+    cudaStream_t streams[TB_N_QUEUES];
+    cudaEvent_t end; /* of what was asked for before a switch */
+    enum tb_queue now;
+    struct graph_class classes[N_CLASSES];
+    int n_failures;
+};
+
+int tb_cuda_queues_create(struct tb_cuda *c, struct tb_error *err)
+{
+    struct tb_cuda_queues *q = c->queues = tb_calloc(1, sizeof(*q));
+    bool ok = tb_cuda_ok(c, cudaEventCreateWithFlags(&q->end, cudaEventDisableTiming), "an event");
+    for (int i = 0; i < TB_N_QUEUES && ok; i++)
+        ok = tb_cuda_ok(c, cudaStreamCreateWithFlags(&q->streams[i], cudaStreamNonBlocking),
+                        "a stream");
+    c->stream = q->streams[q->now];
+    return ok ? 0 : tb_error_set(err, c->lost.code, "%s", c->lost.msg);
+}
+
+void tb_cuda_queues_destroy(struct tb_cuda *c)
+{
+    struct tb_cuda_queues *q = c->queues;
+    if (!q) return;
+    for (int i = 0; i < N_CLASSES; i++)
+        if (q->classes[i].exec) (void)cudaGraphExecDestroy(q->classes[i].exec);
+    for (int i = 0; i < TB_N_QUEUES; i++)
+        if (q->streams[i]) (void)cudaStreamDestroy(q->streams[i]);
+    if (q->end) (void)cudaEventDestroy(q->end);
+    tb_free(q);
+    c->queues = NULL;
+}
+
+static void use(struct tb_backend *be, enum tb_queue queue)
+{
+    struct tb_cuda *c = tb_cuda(be);
+    struct tb_cuda_queues *q = c->queues;
+    if (!tb_cuda_ok(c, cudaSuccess, "a queue")) return;
+    tb_cuda_ok(c, cudaSetDevice(c->device), "the device");
+    if (queue == q->now) return;
+    tb_cuda_ok(c, cudaEventRecord(q->end, c->stream), "a queue");
+    tb_cuda_ok(c, cudaStreamWaitEvent(q->streams[queue], q->end, 0), "a queue");
+    c->stream = q->streams[queue];
+    q->now = queue;
+}
+
+/* ---- decode steps */
+
+/* The graph of what fn asks for, or NULL: it cannot be captured. Nothing has run in any case. */
+static cudaGraph_t capture(struct tb_cuda *c, void (*fn)(void *arg), void *arg)
+{
+    cudaGraph_t graph = NULL;
+    if (!tb_cuda_ring_capture(c)) return NULL;
+    c->capturing = true;
+    if (tb_cuda_ok(c, cudaStreamBeginCapture(c->stream, cudaStreamCaptureModeRelaxed), "")) {
+        fn(arg);
+        tb_cuda_ok(c, cudaStreamEndCapture(c->stream, &graph), "");
+    }
+    bool failed = c->capture_failed;
+    c->capturing = c->capture_failed = false;
+    if (!failed) return graph;
+    if (graph) (void)cudaGraphDestroy(graph);
+    (void)cudaGetLastError(); /* the capture's; the device is well */
+    return NULL;
+}
+
+/* Makes the class's executable run the graph. */
+static bool update(struct graph_class *k, cudaGraph_t graph)
+{
+    cudaGraphExecUpdateResultInfo info;
+    if (k->exec && cudaGraphExecUpdate(k->exec, graph, &info) == cudaSuccess) return true;
+    if (k->exec) (void)cudaGraphExecDestroy(k->exec);
+    k->exec = NULL;
+    (void)cudaGetLastError(); /* the update's: a graph of another form */
+    if (cudaGraphInstantiate(&k->exec, graph, 0) == cudaSuccess) return true;
+    k->exec = NULL;
+    (void)cudaGetLastError();
+    return false;
+}
+
+static bool run_captured(struct tb_cuda *c, struct graph_class *k, void (*fn)(void *arg), void *arg)
+{
+    cudaGraph_t graph = capture(c, fn, arg);
+    if (!graph) return false;
+    bool ok = update(k, graph);
+    (void)cudaGraphDestroy(graph);
+    if (!ok) return false;
+    tb_cuda_ring_send(c);
+    tb_cuda_ok(c, cudaGraphLaunch(k->exec, c->stream), "a decode step");
+    tb_cuda_ring_sent(c);
+    return true;
+}
+
+static void step(struct tb_backend *be, int rows, void (*fn)(void *arg), void *arg)
+{
+    struct tb_cuda *c = tb_cuda(be);
+    struct tb_cuda_queues *q = c->queues;
+    int i = 0;
+    while (i < N_CLASSES && (1 << i) < rows)
+        i++;
+    if (i < N_CLASSES && q->classes[i].warm && q->n_failures < MAX_FAILURES && !c->lost.code) {
+        if (run_captured(c, &q->classes[i], fn, arg)) {
+            q->n_failures = 0;
+            return;
+        }
+        if (++q->n_failures == MAX_FAILURES)
+            tb_log(TB_LOG_WARN, "cuda", "device %d: decode steps run without graphs", c->device);
+    }
+    if (i < N_CLASSES) q->classes[i].warm = true;
+    fn(arg);
+}
+
+void tb_cuda_queue_ops(struct tb_backend_ops *o)
+{
+    o->use = use;
+    o->step = step;
+}
