@@ -35,8 +35,7 @@ struct tb_bpe {
     int32_t unk;          /* -1 without */
     int32_t *near;        /* [NEAR] ids of the first characters; -1 where there is none */
 };
-#define NEAR 0x3100         /* ids of characters below it are looked up without hashing */
-#define MARK "\xE2\x96\x81" /* U+2581, which stands for a space */
+#define NEAR 0x3100 /* ids of characters below it are looked up without hashing */
 
 struct symbol {
     int32_t id;
@@ -131,9 +130,10 @@ static int load_merges(struct tb_bpe *b, const struct tb_tokenizer *t, const cha
         char *joined = tmp.p + n;
         memcpy(joined, part[0].p, part[0].n);
         memcpy(joined + part[0].n, part[1].p, part[1].n);
-        bool word_ends = part[0].n < strlen(MARK) ||
-                         memcmp(part[0].p + part[0].n - strlen(MARK), MARK, strlen(MARK)) != 0;
-        if (word_ends && tb_span_starts(part[1], MARK)) b->words = false;
+        bool word_ends =
+            part[0].n < strlen(TB_MARK) ||
+            memcmp(part[0].p + part[0].n - strlen(TB_MARK), TB_MARK, strlen(TB_MARK)) != 0;
+        if (word_ends && tb_span_starts(part[1], TB_MARK)) b->words = false;
         int32_t left = find_spelt(b, t, part[0].p, part[0].n, tmp.p);
         int32_t right = find_spelt(b, t, part[1].p, part[1].n, tmp.p);
         int32_t id = find_spelt(b, t, joined, n, tmp.p);
@@ -416,9 +416,9 @@ int tb_bpe_encode(const struct tb_bpe *b, const char *p, size_t n, struct tb_ids
     /* what no merge can join may as well be merged apart */
     while (b->words && n) {
         size_t at = 0;
-        while (tb_span_starts((struct tb_span){p + at, n - at}, MARK))
-            at += strlen(MARK);
-        const char *next = memmem(p + at, n - at, MARK, strlen(MARK));
+        while (tb_span_starts((struct tb_span){p + at, n - at}, TB_MARK))
+            at += strlen(TB_MARK);
+        const char *next = memmem(p + at, n - at, TB_MARK, strlen(TB_MARK));
         if (!next) break;
         int rc = encode_word(b, p, (size_t)(next - p), out);
         if (rc) return rc;

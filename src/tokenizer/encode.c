@@ -687,26 +687,14 @@ static int encode_segment(struct call *k, struct tb_span s)
     return rc;
 }
 
-static bool valid_utf8(struct tb_span s)
-{
-    size_t i = 0;
-    while (i < s.n) {
-        utf8proc_int32_t cp;
-        utf8proc_ssize_t n =
-            utf8proc_iterate((const utf8proc_uint8_t *)s.p + i, (utf8proc_ssize_t)(s.n - i), &cp);
-        if (n <= 0) return false;
-        i += (size_t)n;
-    }
-    return true;
-}
-
 int tb_tokenizer_encode(const struct tb_tokenizer *t, struct tb_span text, unsigned flags,
                         struct tb_ids *out, struct tb_error *e)
 {
     const struct tb_encoder *c = t->encoder;
     if (t->no_encode) return tb_error_set(e, TB_EUNSUPPORTED, "%s", t->no_encode);
     if (!text.n) text.p = ""; /* a span of nothing may have no address */
-    if (!valid_utf8(text)) return tb_error_set(e, TB_EINVAL, "text is not valid UTF-8");
+    if (!tb_utf8_valid(text.p, text.n))
+        return tb_error_set(e, TB_EINVAL, "text is not valid UTF-8");
     struct call k = {.c = c,
                      .match = pcre2_match_data_create(16, NULL),
                      .out = out,

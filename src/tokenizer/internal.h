@@ -1,6 +1,7 @@
 /*
- * What the tokenizer's files share: the table of tokens (tokenizer.c), the merges (bpe.c) and the
- * steps before and after them (encode.c). Immutable after creation, so any thread may read.
+ * What the tokenizer's files share: the table of tokens (tokenizer.c), the merges (bpe.c), the
+ * steps before and after them (encode.c) and the way back (decode.c). Immutable after creation, so
+ * any thread may read.
  */
 #ifndef TB_TOKENIZER_INTERNAL_H
 #define TB_TOKENIZER_INTERNAL_H
@@ -12,11 +13,23 @@
 #define TB_MAX_TOKEN_ID ((1 << 24) - 1) /* an id above this is taken for a damaged file */
 #define TB_BYTE_MAP_MAX 324             /* code points U+0000 to U+0143 spell the bytes */
 
-enum tb_token_flags { TB_TOKEN_USED = 1, TB_TOKEN_ADDED = 2, TB_TOKEN_SPECIAL = 4 };
+#define TB_MARK "\xE2\x96\x81" /* U+2581, which stands for a space */
+
+enum tb_token_flags {
+    TB_TOKEN_USED = 1,
+    TB_TOKEN_ADDED = 2,
+    TB_TOKEN_SPECIAL = 4,
+    TB_TOKEN_BYTE = 8 /* "<0x0A>" */
+};
 
 struct tb_token {
     uint32_t at, n; /* in pool */
     uint8_t flags;
+};
+
+struct tb_added { /* as the file spells it */
+    int32_t id;
+    uint32_t at, n; /* in pool */
 };
 
 struct tb_bpe;     /* merges; NULL where text cannot be encoded */
@@ -27,10 +40,12 @@ struct tb_tokenizer {
     int32_t n_added;
     int32_t eos;
     struct tb_token *tokens; /* [n] */
-    int32_t *added;          /* [n_added] ids in file order */
+    struct tb_added *added;  /* [n_added] in file order */
     char *pool;
     size_t pool_n, pool_cap;
-    bool byte_level; /* else SentencePiece-style */
+    bool byte_level; /* else SentencePiece-style: */
+    bool marks;      /* U+2581 decodes to a space */
+    int32_t strip;   /* spaces that a text does not begin with */
     uint16_t map[TB_BYTE_MAP_MAX];
     struct tb_bpe *bpe;
     struct tb_encoder *encoder;
@@ -41,6 +56,10 @@ struct tb_tokenizer {
  * character is not in the byte map. */
 bool tb_tokenizer_unmap(const struct tb_tokenizer *t, const char *s, size_t n, char *out,
                         size_t *n_out);
+
+/* Sets how tokens become text; TB_EUNSUPPORTED names what is not served. */
+int tb_decoder_load(struct tb_tokenizer *t, const char *name, const json_t *decoder,
+                    struct tb_error *e);
 
 /* Builds the merges from model.merges and model.vocab. */
 int tb_bpe_create(const struct tb_tokenizer *t, const char *name, const json_t *model,

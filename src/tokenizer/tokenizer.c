@@ -8,6 +8,7 @@
 #include <errno.h>
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "tokenizer/internal.h"
 #include "util/mem.h"
@@ -73,17 +74,24 @@ static int hex(char c)
     return -1;
 }
 
-static size_t unmap_sentencepiece(const char *s, size_t n, char *out)
+/* What a token decodes to; out has room for n bytes. */
+static size_t decoded(const struct tb_tokenizer *t, const char *s, size_t n, char *out,
+                      unsigned *flags)
 {
     size_t k = 0;
+    if (t->byte_level) {
+        if (!tb_tokenizer_unmap(t, s, n, out, &k)) memcpy(out, s, k = n);
+        return k;
+    }
     if (n == 6 && memcmp(s, "<0x", 3) == 0 && s[5] == '>' && hex(s[3]) >= 0 && hex(s[4]) >= 0) {
         out[0] = (char)(hex(s[3]) * 16 + hex(s[4]));
+        *flags |= TB_TOKEN_BYTE;
         return 1;
     }
     for (size_t i = 0; i < n;) {
-        if (n - i >= 3 && memcmp(s + i, "\xE2\x96\x81", 3) == 0) { /* U+2581 */
+        if (t->marks && n - i >= strlen(TB_MARK) && memcmp(s + i, TB_MARK, strlen(TB_MARK)) == 0) {
             out[k++] = ' ';
-            i += 3;
+            i += strlen(TB_MARK);
         } else {
             out[k++] = s[i++];
         }
@@ -96,57 +104,48 @@ static int put_token(struct tb_tokenizer *t, int32_t id, const char *s, size_t n
     struct tb_token *tok = &t->tokens[id];
     char *p = pool_room(t, n);
     if (!p) return TB_ENOMEM;
-    tok->at = (uint32_t)t->pool_n;
-    tok->flags = (uint8_t)(TB_TOKEN_USED | flags);
-    size_t k = n;
-    if (flags & TB_TOKEN_ADDED)
-        memcpy(p, s, n);
-    else if (!t->byte_level)
-        k = unmap_sentencepiece(s, n, p);
-    else if (!tb_tokenizer_unmap(t, s, n, p, &k))
-        memcpy(p, s, k = n);
-    tok->n = (uint32_t)k;
+    flags |= TB_TOKEN_USED;
+    size_t k = decoded(t, s, n, p, &flags);
+    *tok = (struct tb_token){(uint32_t)t->pool_n, (uint32_t)k, (uint8_t)flags};
     t->pool_n += k;
     return 0;
 }
 
-/* True if a decoder or pre-tokenizer, or a member of its sequence, is of this type. */
+static int put_added(struct tb_tokenizer *t, int32_t i, int32_t id, const char *s, size_t n)
+{
+    char *p = pool_room(t, n);
+    if (!p) return TB_ENOMEM;
+    memcpy(p, s, n);
+    t->added[i] = (struct tb_added){id, (uint32_t)t->pool_n, (uint32_t)n};
+    t->pool_n += n;
+    return 0;
+}
+
+/* True if a pre-tokenizer, or a member of its sequence, is of this type. */
 static bool has_type(const json_t *o, const char *type)
 {
-    static const char *const lists[] = {"decoders", "pretokenizers"};
     const char *own = json_string_value(json_object_get(o, "type"));
     if (own && strcmp(own, type) == 0) return true;
-    for (size_t k = 0; k < TB_ARRAY_LEN(lists); k++) {
-        const json_t *list = json_object_get(o, lists[k]);
-        for (size_t i = 0; i < json_array_size(list); i++) {
-            const char *s = json_string_value(json_object_get(json_array_get(list, i), "type"));
-            if (s && strcmp(s, type) == 0) return true;
-        }
+    const json_t *list = json_object_get(o, "pretokenizers");
+    for (size_t i = 0; i < json_array_size(list); i++) {
+        const char *s = json_string_value(json_object_get(json_array_get(list, i), "type"));
+        if (s && strcmp(s, type) == 0) return true;
     }
     return false;
 }
 
-/* Sets t->byte_level or refuses the file. */
+/* Sets how tokens are spelt, or refuses the file. */
 static int check_kind(struct tb_tokenizer *t, const char *name, const json_t *root,
                       const json_t *model, struct tb_error *e)
 {
-    const json_t *decoder = json_object_get(root, "decoder");
     const json_t *type = json_object_get(model, "type");
     if (type && !json_is_string(type))
         return tb_error_set(e, TB_ECORRUPT, "%s: model.type is not a string", name);
     if (type ? strcmp(json_string_value(type), "BPE") != 0 : !json_object_get(model, "merges"))
         return tb_error_set(e, TB_EUNSUPPORTED, "%s: model.type is %.64s; only BPE is served", name,
                             type ? json_string_value(type) : "missing");
-    if (has_type(decoder, "ByteLevel") ||
-        has_type(json_object_get(root, "pre_tokenizer"), "ByteLevel")) {
-        t->byte_level = true;
-        return 0;
-    }
-    if (has_type(decoder, "ByteFallback")) return 0;
-    const char *s = json_string_value(json_object_get(decoder, "type"));
-    return tb_error_set(e, TB_EUNSUPPORTED,
-                        "%s: decoder is %.64s; only ByteLevel and ByteFallback are served", name,
-                        s ? s : "missing");
+    t->byte_level = has_type(json_object_get(root, "pre_tokenizer"), "ByteLevel");
+    return tb_decoder_load(t, name, json_object_get(root, "decoder"), e);
 }
 
 static int check_id(const char *name, const char *where, const json_t *v, int32_t *highest,
@@ -216,8 +215,9 @@ static int load_tokens(struct tb_tokenizer *t, const char *name, json_t *vocab, 
         if (t->tokens[id].flags & TB_TOKEN_ADDED)
             return tb_error_set(e, TB_ECORRUPT, "%s: added_tokens has two tokens with id %d", name,
                                 id);
-        t->added[i] = id;
-        if (put_token(t, id, json_string_value(c), json_string_length(c), TB_TOKEN_ADDED | special))
+        const char *text = json_string_value(c);
+        size_t n = json_string_length(c);
+        if (put_added(t, i, id, text, n) || put_token(t, id, text, n, TB_TOKEN_ADDED | special))
             goto nomem;
     }
     return 0;
@@ -337,6 +337,24 @@ static int read_eos(struct tb_tokenizer *t, const char *path, struct tb_error *e
     return 0;
 }
 
+/* A folder with another kind of tokenizer: names the file and what makes a tokenizer.json of it. */
+static int refuse_others(const char *dir, struct tb_error *e)
+{
+    static const char *const others[] = {"tokenizer.model", "tiktoken.model", "vocab.json"};
+    for (size_t i = 0; i < TB_ARRAY_LEN(others); i++) {
+        char *path = tb_asprintf("%s/%s", dir, others[i]);
+        bool there = access(path, F_OK) == 0;
+        if (there)
+            tb_error_set(e, TB_EUNSUPPORTED,
+                         "%s is not read; make a tokenizer.json of it, with transformers' "
+                         "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)",
+                         path);
+        tb_free(path);
+        if (there) return TB_EUNSUPPORTED;
+    }
+    return TB_ENOTFOUND;
+}
+
 int tb_tokenizer_create(const char *dir, struct tb_tokenizer **out, struct tb_error *e)
 {
     struct tb_buf text;
@@ -344,6 +362,7 @@ int tb_tokenizer_create(const char *dir, struct tb_tokenizer **out, struct tb_er
     char *config = tb_asprintf("%s/tokenizer_config.json", dir);
     *out = NULL;
     int rc = read_file(path, &text, e);
+    if (rc == TB_ENOTFOUND) rc = refuse_others(dir, e);
     if (rc) goto out;
     rc = tb_tokenizer_create_from_json(path, (struct tb_span){text.p, text.n}, out, e);
     tb_buf_fini(&text);
@@ -388,13 +407,17 @@ bool tb_tokenizer_is_special(const struct tb_tokenizer *t, int32_t id)
     return id >= 0 && id < t->n && (t->tokens[id].flags & TB_TOKEN_SPECIAL);
 }
 
+bool tb_tokenizer_is_byte(const struct tb_tokenizer *t, int32_t id)
+{
+    return id >= 0 && id < t->n && (t->tokens[id].flags & TB_TOKEN_BYTE);
+}
+
 int32_t tb_tokenizer_added_id(const struct tb_tokenizer *t, struct tb_span content)
 {
     for (int32_t i = 0; i < t->n_added; i++) {
-        const struct tb_token *tok = &t->tokens[t->added[i]];
-        if (tok->n == content.n &&
-            (content.n == 0 || memcmp(t->pool + tok->at, content.p, tok->n) == 0))
-            return t->added[i];
+        const struct tb_added *a = &t->added[i];
+        if (a->n == content.n && (a->n == 0 || memcmp(t->pool + a->at, content.p, a->n) == 0))
+            return a->id;
     }
     return -1;
 }

@@ -1,13 +1,13 @@
 /*
  * tokenizer.json: byte-level BPE (Qwen, Llama-3, gpt-oss) and SentencePiece-style BPE with or
- * without byte fallback (Llama-2, Mistral, Gemma). Every token is a fixed run of bytes, so text is
- * the concatenation of its tokens' bytes and stop strings are searched in bytes. The one space that
- * a SentencePiece-style file puts before a text is part of its first token's bytes.
+ * without byte fallback (Llama-2, Mistral, Gemma). Every token is a fixed run of bytes, and stop
+ * strings are searched in the concatenation of these. Text is made of it by a decoder, which knows
+ * what is no character and which space at a text's beginning is none of the text's.
  *
  * struct tb_tokenizer is immutable after tb_tokenizer_create: any number of threads may read it.
  * Its owner destroys it after the last reader. struct tb_stop_set is immutable too and is shared by
- * the samples of one request; struct tb_stop_matcher belongs to one sample and one thread at a
- * time.
+ * the samples of one request; struct tb_decoder and struct tb_stop_matcher belong to one sample and
+ * one thread at a time.
  *
  * A model folder need not have a tokenizer.json: then there is no tb_tokenizer, token stops work,
  * and a stop string is the user's error.
@@ -26,7 +26,8 @@
 struct tb_tokenizer;
 
 /* Reads <dir>/tokenizer.json, and tokenizer_config.json beside it for eos_token when there is one.
- * TB_ENOTFOUND when the folder has no tokenizer.json; TB_ECORRUPT for a file that is not JSON or
+ * TB_ENOTFOUND when the folder has no tokenizer, TB_EUNSUPPORTED for one of another format, which
+ * the message names with what to do; TB_ECORRUPT for a file that is not JSON or
  * whose keys are wrong, TB_EUNSUPPORTED for a tokenizer kind that is not served; the message names
  * file and key. */
 int tb_tokenizer_create(const char *dir, struct tb_tokenizer **out, struct tb_error *e);
@@ -38,11 +39,13 @@ void tb_tokenizer_destroy(struct tb_tokenizer *t); /* accepts NULL */
 /* One more than the highest token id, added tokens included. The model's vocab_size may be larger
  * (padding rows) and ids in between may be unused. */
 int32_t tb_tokenizer_vocab_size(const struct tb_tokenizer *t);
-/* The token's bytes, borrowed from t; an added token's are its content. Special tokens are
- * rendered, not skipped. TB_ENOTFOUND (and an empty span) for an id that has no token. */
+/* The token's bytes, borrowed from t. Special tokens are rendered, not skipped. TB_ENOTFOUND (and
+ * an empty span) for an id that has no token. */
 int tb_tokenizer_token_bytes(const struct tb_tokenizer *t, int32_t id, struct tb_span *out);
 /* True for an added token marked special. */
 bool tb_tokenizer_is_special(const struct tb_tokenizer *t, int32_t id);
+/* True for a token that is one byte of a character that has no token (byte fallback). */
+bool tb_tokenizer_is_byte(const struct tb_tokenizer *t, int32_t id);
 /* The id of the added token with this content, or -1. */
 int32_t tb_tokenizer_added_id(const struct tb_tokenizer *t, struct tb_span content);
 /* eos_token of tokenizer_config.json as an id, or -1. */
@@ -71,9 +74,37 @@ enum tb_encode_flags {
 int tb_tokenizer_encode(const struct tb_tokenizer *t, struct tb_span text, unsigned flags,
                         struct tb_ids *out, struct tb_error *e);
 
+enum tb_decode_flags {
+    TB_DECODE_VISIBLE = 1, /* without special tokens */
+    TB_DECODE_GOES_ON = 2, /* the text follows another, so the space at its beginning is its own */
+};
+/* Appends the text of the ids to out, valid UTF-8, as the Hugging Face tokenizers library gives it.
+ * Ids without a token have none. 0 or out's error code. */
+int tb_tokenizer_decode(const struct tb_tokenizer *t, const int32_t *ids, size_t n, unsigned flags,
+                        struct tb_buf *out);
+
+/* The same, token by token. A byte-level text holds an incomplete character back; with byte
+ * fallback all byte tokens in a row are held back, as one that is wrong makes all of them U+FFFD.
+ */
+struct tb_decoder {
+    const struct tb_tokenizer *t;
+    unsigned flags;
+    int32_t strip; /* spaces still to be dropped */
+    struct tb_buf held;
+};
+void tb_decoder_init(struct tb_decoder *d, const struct tb_tokenizer *t, unsigned flags);
+void tb_decoder_fini(struct tb_decoder *d);
+/* Append to out what is certain now; 0 or a buffer's error code. */
+int tb_decoder_feed(struct tb_decoder *d, int32_t id, struct tb_buf *out);
+/* A part of a token's bytes; is_byte: as tb_tokenizer_is_byte says of it. */
+int tb_decoder_feed_bytes(struct tb_decoder *d, const char *p, size_t n, bool is_byte,
+                          struct tb_buf *out);
+int tb_decoder_end(struct tb_decoder *d, struct tb_buf *out); /* all that was held back */
+
 /* The end of a run of bytes that is an incomplete UTF-8 sequence (0 to 3 bytes): what a stream of
  * text holds back until the next token. An invalid tail is not held back. */
 size_t tb_utf8_incomplete_tail(const char *p, size_t n);
+bool tb_utf8_valid(const char *p, size_t n);
 /* Appends p as valid UTF-8: every maximal invalid prefix becomes one U+FFFD. 0 or out's error code.
  */
 int tb_utf8_append(struct tb_buf *out, const char *p, size_t n);

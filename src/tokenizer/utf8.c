@@ -56,6 +56,15 @@ size_t tb_utf8_incomplete_tail(const char *p, size_t n)
     return 0;
 }
 
+bool tb_utf8_valid(const char *p, size_t n)
+{
+    const unsigned char *u = (const unsigned char *)p;
+    int state = 0;
+    for (size_t i = 0; i < n && state == 0;)
+        i += sequence(u + i, n - i, &state);
+    return state == 0;
+}
+
 int tb_utf8_append(struct tb_buf *out, const char *p, size_t n)
 {
     const unsigned char *u = (const unsigned char *)p;

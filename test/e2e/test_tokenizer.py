@@ -1,6 +1,7 @@
-"""Encoding against the tokenizers package, on random and hostile strings, for every kind of file that is served.
+"""Encoding and decoding against the tokenizers package, on random and hostile strings and ids, for every kind of file that is
+served.
 
-The vocabularies are small and trained here. TB_TOKENIZER_STRINGS says how many strings a kind gets.
+The vocabularies are small and trained here. TB_TOKENIZER_STRINGS says how many strings, or lists of ids, a kind gets.
 """
 
 import json
@@ -135,3 +136,63 @@ def test_same_ids(kind, tmp_path):
         assert ids == want.ids, (text, [theirs.id_to_token(i) for i in ids], want.tokens)
         at += 1 + len(ids)
     assert at == len(got)
+
+
+def spoil(rng, raw):
+    """Bytes of text as they are, or with some lost, changed or put between."""
+    raw = bytearray(raw)
+    for _ in range(rng.choice([0, 0, 1, 1, 3])):
+        at = rng.randrange(len(raw) + 1)
+        raw[at:at + rng.randrange(3)] = bytes(rng.randrange(256) for _ in range(rng.randrange(3)))
+    return bytes(raw)
+
+
+def lists_of_ids(rng, theirs, lines):
+    """What texts become; ids at random, those that do not exist too; runs of bytes, spoilt, with special tokens in between."""
+    size = theirs.get_vocab_size(with_added_tokens=True)
+    spelt = {b: chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 256))}
+    spelt.update({b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in spelt)})
+    byte = [theirs.token_to_id(f"<0x{b:02X}>") or theirs.token_to_id(spelt[b]) for b in range(256)]
+    tokens = theirs.get_added_tokens_decoder()
+    added = [i for i in tokens if not tokens[i].normalized]
+    marks = [i for i in (theirs.token_to_id(MARK * n) for n in (1, 2, 3)) if i is not None] or [0]
+    for _ in range(N):
+        ids = []
+        for _ in range(rng.choice([0, 1, 1, 2, 4, 8, 20])):
+            how = rng.randrange(6)
+            if how == 0:
+                line = rng.choice(lines)
+                ids += theirs.encode(line[rng.randrange(len(line) + 1):], add_special_tokens=False).ids
+            elif how == 1:
+                ids += [rng.randrange(size + 3) for _ in range(rng.randrange(6))]
+            elif how == 2:
+                ids.append(rng.choice(added))
+            elif how == 3:
+                ids.append(rng.choice(marks))
+            else:
+                text = rng.choice(["é", "你好", "🎉", " ", "a", "\u0344", MARK, "👩\u200d👧"]) * rng.randrange(1, 3)
+                ids += [byte[b] for b in spoil(rng, text.encode()) if byte[b] is not None]
+        # the library gives an added token with normalized: true the normalizer's mark, and shows it as if it were not special
+        yield [i for i in ids if i not in tokens or not tokens[i].normalized]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_text(kind, tmp_path):
+    if not os.path.exists(program()):
+        pytest.skip("a build without tests")
+    theirs = KINDS[kind]()
+    theirs.add_special_tokens([AddedToken("<0x41>x", normalized=False), AddedToken(f"a{MARK}b", normalized=False)])
+    path = str(tmp_path / "tokenizer.json")
+    theirs.save(path)
+    rng = random.Random(kind)
+    lists = list(lists_of_ids(rng, theirs, list(corpus())))
+    visible = [rng.random() < 0.5 for _ in lists]
+    done = subprocess.run([program(), "-d", path], check=True, capture_output=True, input=b"".join(
+        np.array([skip, len(ids), *ids], np.int32).tobytes() for ids, skip in zip(lists, visible)))
+    at = 0
+    for ids, skip in zip(lists, visible):
+        n = int.from_bytes(done.stdout[at:at + 4], "little")
+        got = done.stdout[at + 4:at + 4 + n].decode()
+        assert got == theirs.decode(ids, skip_special_tokens=skip), ([theirs.id_to_token(i) for i in ids], skip)
+        at += 4 + n
+    assert at == len(done.stdout)

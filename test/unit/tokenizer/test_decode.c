@@ -51,18 +51,14 @@ static struct tb_tokenizer *load(const char *name)
 static void decode(const struct tb_tokenizer *t, const json_t *ids, bool skip_special,
                    struct tb_buf *text)
 {
-    struct tb_buf bytes;
-    tb_buf_init(&bytes, 1 << 20);
-    for (size_t i = 0; i < json_array_size(ids); i++) {
-        int32_t id = (int32_t)json_integer_value(json_array_get(ids, i));
-        struct tb_span s;
-        assert_int_equal(tb_tokenizer_token_bytes(t, id, &s), 0);
-        if (skip_special && tb_tokenizer_is_special(t, id)) continue;
-        assert_int_equal(tb_buf_append(&bytes, s.p, s.n), 0);
-    }
+    struct tb_ids list;
+    tb_ids_init(&list);
+    for (size_t i = 0; i < json_array_size(ids); i++)
+        tb_ids_push(&list, (int32_t)json_integer_value(json_array_get(ids, i)));
     tb_buf_init(text, 1 << 20);
-    assert_int_equal(tb_utf8_append(text, bytes.p, bytes.n), 0);
-    tb_buf_fini(&bytes);
+    assert_int_equal(
+        tb_tokenizer_decode(t, list.p, list.n, skip_special ? TB_DECODE_VISIBLE : 0, text), 0);
+    tb_ids_fini(&list);
 }
 
 static void expect(const struct tb_tokenizer *t, const json_t *ids, const json_t *want, bool skip)
@@ -173,10 +169,12 @@ static void test_ids(void **state)
     tb_tokenizer_destroy(NULL);
 }
 
+#define MARKS "{\"type\":\"Replace\",\"pattern\":{\"String\":\"\\u2581\"},\"content\":\" \"}"
+
 static void test_sentencepiece(void **state)
 {
     static const char json[] =
-        "{\"decoder\":{\"type\":\"Sequence\",\"decoders\":[{\"type\":\"Replace\"},"
+        "{\"decoder\":{\"type\":\"Sequence\",\"decoders\":[" MARKS ","
         "{\"type\":\"ByteFallback\"},{\"type\":\"Fuse\"}]},\"model\":{\"type\":\"BPE\","
         "\"byte_fallback\":true,\"vocab\":{\"<0x0A>\":0,\"\\u2581the\":1,\"<0xF0>\":2,\"<0xZZ>\":3,"
         "\"\\u00e9\":7},\"merges\":[]},\"added_tokens\":null}";
@@ -193,6 +191,77 @@ static void test_sentencepiece(void **state)
     assert_true(tb_span_eq(s, "\xC3\xA9"));
     assert_int_equal(tb_tokenizer_token_bytes(t, 5, &s), TB_ENOTFOUND); /* a gap */
     tb_tokenizer_destroy(t);
+}
+
+/* Runs of byte tokens, the space at the beginning, and special tokens, as the library has them. */
+static void test_sentencepiece_text(void **state)
+{
+    static const char json[] =
+        "{\"decoder\":{\"type\":\"Sequence\",\"decoders\":[" MARKS ",{\"type\":\"ByteFallback\"},"
+        "{\"type\":\"Fuse\"},{\"type\":\"Strip\",\"content\":\" \",\"start\":1,\"stop\":0}]},"
+        "\"model\":{\"type\":\"BPE\",\"vocab\":{\"<0xC3>\":0,\"<0xA9>\":1,\"\\u2581the\":2,"
+        "\"\\u2581\":3,\"a\":4,\"<0x20>\":5},\"merges\":[]},\"added_tokens\":[{\"id\":6,"
+        "\"content\":\"<s>\",\"special\":true},{\"id\":7,\"content\":\"x\\u2581y\"}]}";
+    static const struct {
+        unsigned flags;
+        const char *want;
+        size_t n;
+        int32_t ids[8];
+    } cases[] = {
+        {0, "the", 1, {2}},
+        {TB_DECODE_GOES_ON, " the", 1, {2}},
+        {0, "  the", 4, {3, 3, 2, 9}},
+        {0, "", 1, {5}},
+        {0, "<s> the", 2, {6, 2}},
+        {TB_DECODE_VISIBLE, "the", 2, {6, 2}},
+        {0, "\u00e9\u00e9", 4, {0, 1, 0, 1}},
+        {0, "\ufffd\ufffd\ufffd", 3, {0, 1, 0}}, /* one that is wrong spoils the run */
+        {0, "\u00e9a\ufffd", 4, {0, 1, 4, 0}},
+        {0, "\ufffd<s>\ufffd", 3, {0, 6, 1}},
+        {TB_DECODE_VISIBLE, "\u00e9", 3, {0, 6, 1}},
+        {0, "x y", 1, {7}},
+    };
+    struct tb_tokenizer *t;
+    assert_int_equal(tb_tokenizer_create_from_json("sp", TB_SPAN_LIT(json), &t, NULL), 0);
+    assert_int_equal(tb_tokenizer_added_id(t, TB_SPAN_LIT("x\u2581y")), 7);
+    for (size_t i = 0; i < TB_ARRAY_LEN(cases); i++) {
+        struct tb_buf text;
+        tb_buf_init(&text, 100);
+        assert_int_equal(tb_tokenizer_decode(t, cases[i].ids, cases[i].n, cases[i].flags, &text),
+                         0);
+        tb_buf_puts(&text, "");
+        assert_string_equal(text.p, cases[i].want);
+        tb_buf_fini(&text);
+    }
+    tb_tokenizer_destroy(t);
+}
+
+/* Decoders whose text would be another are refused. */
+static void test_refused_decoders(void **state)
+{
+    static const char *const lists[] = {
+        "{\"type\":\"ByteFallback\"}," MARKS,
+        "{\"type\":\"Replace\"},{\"type\":\"ByteFallback\"}",
+        "{\"type\":\"ByteFallback\"},{\"type\":\"Strip\",\"content\":\" \",\"start\":1,\"stop\":0}",
+        "{\"type\":\"ByteFallback\"},{\"type\":\"Fuse\"},{\"type\":\"Strip\",\"content\":\" \","
+        "\"start\":1,\"stop\":1}",
+        "{\"type\":\"ByteFallback\"},{\"type\":\"Metaspace\"}",
+        "{\"type\":\"ByteLevel\"},{\"type\":\"ByteFallback\"}",
+        "{\"type\":\"Fuse\"}",
+        "",
+    };
+    for (size_t i = 0; i < TB_ARRAY_LEN(lists); i++) {
+        struct tb_tokenizer *t;
+        struct tb_error e;
+        char *json =
+            tb_asprintf("{\"decoder\":{\"type\":\"Sequence\",\"decoders\":[%s]},\"model\":{"
+                        "\"type\":\"BPE\",\"vocab\":{\"a\":0},\"merges\":[]}}",
+                        lists[i]);
+        assert_int_equal(tb_tokenizer_create_from_json("sp", tb_span_str(json), &t, &e),
+                         TB_EUNSUPPORTED);
+        assert_non_null(strstr(e.msg, "decoder"));
+        tb_free(json);
+    }
 }
 
 static void test_malformed(void **state)
@@ -312,6 +381,15 @@ static void test_folder(void **state)
     assert_non_null(mkdtemp(dir));
     assert_int_equal(tb_tokenizer_create(dir, &t, &e), TB_ENOTFOUND);
     assert_non_null(strstr(e.msg, "tokenizer.json"));
+    static const char *const others[] = {"tokenizer.model", "tiktoken.model", "vocab.json"};
+    for (size_t i = 0; i < TB_ARRAY_LEN(others); i++) {
+        char *path = tb_asprintf("%s/%s", dir, others[i]);
+        put(dir, others[i], "");
+        assert_int_equal(tb_tokenizer_create(dir, &t, &e), TB_EUNSUPPORTED);
+        assert_non_null(strstr(e.msg, others[i]));
+        assert_int_equal(unlink(path), 0);
+        tb_free(path);
+    }
     put(dir, "tokenizer.json", json);
     assert_int_equal(tb_tokenizer_create(dir, &t, &e), 0);
     assert_int_equal(tb_tokenizer_eos_id(t), -1);
@@ -404,6 +482,8 @@ int main(void)
         cmocka_unit_test(test_byte_map),
         cmocka_unit_test(test_ids),
         cmocka_unit_test(test_sentencepiece),
+        cmocka_unit_test(test_sentencepiece_text),
+        cmocka_unit_test(test_refused_decoders),
         cmocka_unit_test(test_malformed),
         cmocka_unit_test(test_damage),
         cmocka_unit_test(test_folder),
