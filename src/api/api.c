@@ -283,36 +283,43 @@ void tb_api_error_with(struct tb_http_request *req, const struct tb_error *err,
 
 /* ---- requests */
 
-int tb_api_body(struct tb_api *a, struct tb_http_request *req, bool optional,
-                struct tb_json_doc *doc)
+int tb_api_body_parse(struct tb_http_request *req, bool optional, struct tb_json_doc *doc,
+                      struct tb_error *err)
 {
     enum { SMALL = 1 << 20 };
-    struct tb_error e = {0};
     enum tb_encoding enc;
     char *plain = NULL;
     struct tb_span body = req->body;
-    (void)a;
     *doc = (struct tb_json_doc){0};
-    int rc = tb_encoding_parse(tb_http_header_get(req, "Content-Encoding"), &enc, &e);
+    int rc = tb_encoding_parse(tb_http_header_get(req, "Content-Encoding"), &enc, err);
     if (rc) goto out;
     if (enc != TB_ENC_IDENTITY) {
-        rc = tb_inflate(enc, body.p, body.n, SMALL, &plain, &body.n, &e);
+        rc = tb_inflate(enc, body.p, body.n, SMALL, &plain, &body.n, err);
         if (rc) goto out;
         body.p = plain;
     }
     if (body.n == 0 && optional) body = TB_SPAN_LIT("{}");
     if (body.n > SMALL)
         rc =
-            tb_error_set(&e, TB_ETOOBIG, "body of %zu bytes exceeds the limit of %d for this route",
-                         body.n, SMALL);
+            tb_error_set(err, TB_ETOOBIG,
+                         "body of %zu bytes exceeds the limit of %d for this route", body.n, SMALL);
     else
-        rc = tb_json_parse(doc, body.p, body.n, &e);
+        rc = tb_json_parse(doc, body.p, body.n, err);
     if (rc == 0 && !tb_json_is_object(&doc->root)) {
         tb_json_free(doc);
-        rc = tb_error_set(&e, TB_EPARSE, "body is not a JSON object");
+        rc = tb_error_set(err, TB_EPARSE, "body is not a JSON object");
     }
 out:
     tb_free(plain);
+    return rc;
+}
+
+int tb_api_body(struct tb_api *a, struct tb_http_request *req, bool optional,
+                struct tb_json_doc *doc)
+{
+    struct tb_error e = {0};
+    int rc = tb_api_body_parse(req, optional, doc, &e);
+    (void)a;
     if (rc) tb_api_error(req, &e);
     return rc;
 }

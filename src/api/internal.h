@@ -95,6 +95,9 @@ void tb_api_answer_begin(struct tb_buf *b, struct tb_json_out *j);
  * empty body reads as {} when `optional`. */
 int tb_api_body(struct tb_api *a, struct tb_http_request *req, bool optional,
                 struct tb_json_doc *doc);
+/* The same without an answer. On failure doc is empty: tb_json_free takes it. */
+int tb_api_body_parse(struct tb_http_request *req, bool optional, struct tb_json_doc *doc,
+                      struct tb_error *err);
 
 /* ?name= as an integer in min..max, `otherwise` when absent; on failure the request has been
  * answered. */

@@ -105,7 +105,8 @@ void tb_core_served_model(const struct tb_core *c, int i, struct tb_served_model
                                     .lora_width = info->n_layers * layer + h + info->vocab,
                                     .n_eos = info->n_eos,
                                     .eos = info->eos,
-                                    .text = info->tokenizer};
+                                    .text = info->tokenizer,
+                                    .no_text = info->no_tokenizer};
 }
 
 void tb_core_stats(const struct tb_core *c, struct tb_core_stats *out)

@@ -221,7 +221,8 @@ struct tb_served_model {
     int64_t lora_width; /* parameters of an adapter on all it may be on, for each unit of rank */
     int n_eos;
     const int32_t *eos;
-    const struct tb_tokenizer *text; /* NULL when the folder has no tokenizer.json */
+    const struct tb_tokenizer *text; /* NULL when the folder has none that is served, */
+    const char *no_text;             /* and then why */
 };
 int tb_core_n_models(const struct tb_core *c);
 void tb_core_served_model(const struct tb_core *c, int i, struct tb_served_model *out);

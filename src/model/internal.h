@@ -42,7 +42,8 @@ struct tb_model {
     char *name, *dir;
     int32_t eos[TB_MAX_EOS + 1];
     struct tb_tokenizer *tokenizer;
-    struct tb_st *st; /* mapped for as long as the model lives: embeddings, backward packing */
+    char *no_tokenizer; /* why there is none */
+    struct tb_st *st;   /* mapped for as long as the model lives: embeddings, backward packing */
 
     const void *embed; /* [vocab, hidden] */
     enum tb_dtype embed_dtype;

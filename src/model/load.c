@@ -235,6 +235,7 @@ static int load_tokenizer(struct tb_model *m, struct tb_error *err)
     int rc = tb_tokenizer_create(m->dir, &m->tokenizer, &e);
     if (rc == TB_EUNSUPPORTED) /* tokens work all the same; text and stop strings do not */
         tb_log(TB_LOG_WARN, "model", "%s: no tokenizer: %s", m->name, e.msg);
+    if (rc) m->no_tokenizer = tb_strdup(e.msg);
     if (rc == 0 || rc == TB_ENOTFOUND || rc == TB_EUNSUPPORTED) return 0;
     return tb_error_set(err, rc, "%s", e.msg);
 }
@@ -289,6 +290,7 @@ static void fill_info(struct tb_model *m)
     i->max_context = m->opt.max_context;
     i->max_rank = m->opt.max_rank;
     i->tokenizer = m->tokenizer;
+    i->no_tokenizer = m->no_tokenizer;
     i->kv_pages_total = m->kv.n_pages;
 }
 
@@ -331,6 +333,7 @@ int tb_model_load(struct tb_model **out, struct tb_backend *be, const char *name
     m->name = tb_strdup(name);
     m->dir = tb_strdup(dir);
     if (options) m->opt = *options;
+    tb_backend_use(be, TB_QUEUE_TRAIN);
     tb_list_init(&m->samplings);
     tb_list_init(&m->in_pager);
     if (m->opt.pager) tb_pager_add_model(m->opt.pager, &m->in_pager);
@@ -376,6 +379,7 @@ void tb_model_free(struct tb_model *m)
     tb_model_free_workspaces(m);
     tb_kv_fini(&m->kv, m);
     tb_tokenizer_destroy(m->tokenizer);
+    tb_free(m->no_tokenizer);
     tb_st_close(m->st);
     tb_config_fini(&m->cfg);
     tb_free(m->name);

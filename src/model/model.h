@@ -53,7 +53,8 @@ struct tb_model_info {
     int max_rank;
     int n_eos;
     const int32_t *eos; /* generation_config.json, else config.json, plus the tokenizer's */
-    const struct tb_tokenizer *tokenizer; /* NULL when the folder has none */
+    const struct tb_tokenizer *tokenizer; /* NULL when the folder has none that is served, */
+    const char *no_tokenizer;             /* and then why */
     size_t weight_bytes;                  /* memory held by base weights now */
     int kv_pages_total;
 };

@@ -251,7 +251,10 @@ int tb_json_as_string(const struct tb_json *n, struct tb_arena *a, size_t max, c
         return tb_json_fail(n, err, TB_EINVAL,
                             "string of %zu bytes is longer than the limit of %zu", len, max);
     if (memchr(s, 0, len)) return tb_json_fail(n, err, TB_EINVAL, "string holds a NUL character");
-    *out = tb_arena_strndup(a, s, len);
+    char *p = tb_arena_try_alloc(a, len + 1);
+    if (!p) return tb_json_fail(n, err, TB_ENOMEM, "no memory for a string of %zu bytes", len);
+    memcpy(p, s, len + 1);
+    *out = p;
     return 0;
 }
 

@@ -73,10 +73,14 @@ def test_tokens_and_back(demo):
     for text in ("", "Spell the word moon.", "naïve 🙂 \r\n\t\0 end", "<|im_start|>user", "日本" * 50):
         tokens = post(demo.url, "/tokenize", {"content": text})[1]["tokens"]
         assert post(demo.url, "/detokenize", {"tokens": tokens})[1]["content"] == text
+    many = "What is 3 + 4? " * 100000
+    tokens = post(demo.url, "/tokenize", {"model": "demo", "content": many})[1]["tokens"]
+    assert post(demo.url, "/detokenize", {"tokens": tokens})[1]["content"] == many
     for path, body in (("/tokenize", {}), ("/tokenize", {"content": 3}), ("/detokenize", {"tokens": [5000]}),
-                       ("/detokenize", {"tokens": "x"}), ("/detokenize", {})):
+                       ("/detokenize", {"tokens": "x"}), ("/detokenize", {}), ("/tokenize", "{"), ("/tokenize", "[]")):
         status, answer = post(demo.url, path, body)
         assert status == 400 and answer["error"]["code"] == 400
+    assert post(demo.url, "/tokenize", {"model": "none", "content": "x"})[0] == 404
 
 
 def test_health_and_props(demo):

@@ -73,6 +73,7 @@ def test_options(client):
     assert text(temperature=0) == text(temperature=0, seed=5) == text(top_k=1, seed=6) == text(top_p=1e-6) == text(min_p=1)
     assert text(repeat_penalty=5, temperature=0) != text(temperature=0)
     assert text(repeat_penalty=5, repeat_last_n=0, temperature=0) == text(temperature=0)
+    assert text(tfs_z=1.0, typical_p=1.0, mirostat=0, mirostat_tau=5.0, mirostat_eta=0.1) == plain  # as they change nothing
     assert text(stop=[plain[3:5]]) == plain[:plain.index(plain[3:5])]
     for name, value in [("num_predict", "x"), ("temperature", -1), ("top_p", 2), ("mirostat", 1), ("typical_p", 0.5), ("tfs_z", 0.9)]:
         with pytest.raises(ollama.ResponseError, match=name) as e:
@@ -90,6 +91,8 @@ def test_logprobs(client, demo):
     want = post(demo.url, "/v1/chat/completions", {"model": "demo", "messages": QUESTION, "logprobs": True, "seed": 1, "top_k": 40,
                                                    "temperature": 0.8, "top_p": 0.9})[1]["choices"][0]["logprobs"]["content"]
     assert [(t["token"], t["logprob"]) for t in got["logprobs"]] == [(t["token"], t["logprob"]) for t in want]
+    status, answer = post(demo.url, CHAT, {"model": "demo", "messages": QUESTION, "top_logprobs": 3})
+    assert status == 400 and "top_logprobs" in answer["error"]
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
@@ -154,6 +157,9 @@ def test_models(client, demo):
     assert re.match(r"\d+\.\d+\.\d+$", json.loads(get(demo.url, "/api/version")[1])["version"])
     with pytest.raises(ollama.ResponseError) as e:
         client.show("nothing")
+    for body in ("{", "[]", {}, {"model": 3}):
+        status, answer = post(demo.url, "/api/show", body)
+        assert status == 400 and set(answer) == {"error"}, (body, answer)
     assert e.value.status_code == 404
     with Raw(demo.url) as raw:
         path = Training(raw, "demo").publish("mine")

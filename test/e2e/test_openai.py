@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import json
+import os
 import random
 import threading
 
@@ -484,3 +485,18 @@ def texts_of(events):
             for c in json.loads(e)["choices"]:
                 texts[c["index"]] += c["text"]
     return texts
+
+
+def test_a_folder_without_tokenizer_json(demo, start, tmp_path):
+    folder = tmp_path / "old"
+    folder.mkdir()
+    for name in os.listdir(demo.models["demo"]):
+        if not name.startswith("tokenizer"):
+            os.symlink(os.path.join(demo.models["demo"], name), folder / name)
+    (folder / "tokenizer.model").write_bytes(b"")
+    old = start({"old": str(folder)})
+    assert "tokenizer.model is not read; make a tokenizer.json of it" in old.log()
+    for path, body in ((CHAT, {"messages": QUESTION}), (TEXT, {"prompt": [1, 2, 3]}), ("/api/generate", {"prompt": "x"}),
+                       ("/completion", {"prompt": "x"}), ("/tokenize", {"content": "x"})):
+        status, answer = post(old.url, path, {"model": "old", **body})
+        assert status == 400 and "tokenizer.model" in json.dumps(answer), (path, answer)

@@ -9,6 +9,8 @@
 #include "util/clock.h"
 #include "util/mem.h"
 
+enum kind { COMPLETION, TOKENIZE, DETOKENIZE };
+
 struct own {
     bool return_tokens;
     int n_probs;
@@ -69,10 +71,7 @@ static void broken(struct tb_llm *l, const struct tb_error *e)
 static int decode_prompt(struct tb_llm *l, const struct tb_json *v, struct tb_llm_prompt *p,
                          struct tb_error *err)
 {
-    if (tb_json_is_string(v)) {
-        p->text = tb_llm_span(&l->arena, v);
-        return 0;
-    }
+    if (tb_json_is_string(v)) return tb_llm_span(&l->arena, v, &p->text, err);
     if (!tb_json_is_array(v) || tb_json_len(v) == 0)
         return tb_json_fail(v, err, TB_EINVAL, "is neither a string nor a list of tokens");
     int32_t *ids;
@@ -283,99 +282,105 @@ static void answer(struct tb_llm *l)
     tb_llm_answer_json(l);
 }
 
-static const struct tb_llm_face FACE = {"text/event-stream", decode, refuse, broken, more, answer};
+static const struct tb_llm_face FACE = {.stream_type = "text/event-stream",
+                                        .decode = decode,
+                                        .refuse = refuse,
+                                        .broken = broken,
+                                        .more = more,
+                                        .answer = answer};
 
 static void completion(struct tb_api *a, struct tb_http_request *req,
                        const struct tb_route_match *m)
 {
     (void)m;
-    tb_llm_begin(a, req, &FACE, 0);
+    tb_llm_begin(a, req, &FACE, COMPLETION);
 }
 
-/* ---- the rest */
+/* ---- /tokenize, /detokenize: nothing is sampled */
 
-/* The first model's tokenizer; else the request is answered. */
-static const struct tb_tokenizer *tokenizer(struct tb_api *a, struct tb_http_request *req)
+struct text_job {
+    struct tb_span content;
+    bool add_special;
+    int32_t *ids;
+    size_t n;
+};
+
+static int decode_text_job(struct tb_llm *l, const struct tb_json *root, struct tb_error *err)
 {
-    const struct tb_llm_model *m = tb_llm_model_at(a, 0);
-    const struct tb_tokenizer *t = m ? tb_llm_model_info(m)->text : NULL;
-    struct tb_error e = {0};
-    if (t) return t;
-    tb_error_set(&e, TB_EUNSUPPORTED, "the model has no tokenizer.json");
-    refuse(req, &e);
-    return NULL;
+    struct text_job *x = l->face_own = tb_arena_calloc(&l->arena, 1, sizeof(*x));
+    struct tb_json v;
+    int rc = tb_json_string(root, "model", false, &l->arena, 4096, &l->model_name, err);
+    if (rc) return rc;
+    if (l->kind == DETOKENIZE) {
+        rc = tb_json_array(root, "tokens", true, &v, err);
+        return rc ? rc : tb_json_as_i32s(&v, &l->arena, 0, INT32_MAX, &x->ids, &x->n, err);
+    }
+    if ((rc = tb_json_bool(root, "add_special", false, &x->add_special, err))) return rc;
+    if (!tb_json_find(root, "content", &v))
+        return tb_error_set(err, TB_EINVAL, "content: required, but absent");
+    return tb_llm_span(&l->arena, &v, &x->content, err);
 }
+
+static int put_ids(struct tb_json_out *j, const struct text_job *x, const struct tb_tokenizer *t,
+                   struct tb_error *err)
+{
+    struct tb_ids ids;
+    tb_ids_init(&ids);
+    int rc = tb_tokenizer_encode(t, x->content, x->add_special ? TB_ENCODE_TEMPLATE : 0, &ids, err);
+    if (rc == 0) tb_jout_i32s(j, "tokens", ids.p, ids.n);
+    tb_ids_fini(&ids);
+    return rc;
+}
+
+static int put_content(struct tb_json_out *j, const struct text_job *x,
+                       const struct tb_tokenizer *t, struct tb_error *err)
+{
+    struct tb_span s;
+    struct tb_buf text;
+    for (size_t i = 0; i < x->n; i++)
+        if (tb_tokenizer_token_bytes(t, x->ids[i], &s))
+            return tb_error_set(err, TB_EINVAL, "tokens[%zu]: %d is no token", i, (int)x->ids[i]);
+    tb_buf_init(&text, TB_API_MAX_ANSWER);
+    int rc = tb_tokenizer_decode(t, x->ids, x->n, 0, &text);
+    if (rc)
+        tb_error_set(err, rc, "the text does not fit into memory");
+    else
+        tb_jout_strn(j, "content", text.n ? text.p : "", text.n);
+    tb_buf_fini(&text);
+    return rc;
+}
+
+static int do_text_job(struct tb_llm *l, struct tb_error *err)
+{
+    const struct tb_tokenizer *t = tb_llm_model_info(l->model)->text;
+    struct tb_json_out j;
+    tb_jout_init(&j, &l->out);
+    tb_jout_object(&j, NULL);
+    int rc = l->kind == DETOKENIZE ? put_content(&j, l->face_own, t, err)
+                                   : put_ids(&j, l->face_own, t, err);
+    tb_jout_object_end(&j);
+    return rc;
+}
+
+static const struct tb_llm_face TEXT_FACE = {.decode = decode_text_job,
+                                             .prepare = do_text_job,
+                                             .refuse = refuse,
+                                             .answer = tb_llm_answer_json};
 
 static void tokenize(struct tb_api *a, struct tb_http_request *req, const struct tb_route_match *m)
 {
-    struct tb_json_doc doc;
-    struct tb_json content;
-    struct tb_error e = {0};
-    struct tb_ids ids;
-    bool special = false;
-    const struct tb_tokenizer *t = tokenizer(a, req);
     (void)m;
-    if (!t || tb_api_body(a, req, false, &doc)) return;
-    tb_ids_init(&ids);
-    int rc = tb_json_bool(&doc.root, "add_special", false, &special, &e);
-    if (rc == 0 && !tb_json_find(&doc.root, "content", &content))
-        rc = tb_error_set(&e, TB_EINVAL, "content: required, but absent");
-    if (rc == 0 && !tb_json_is_string(&content))
-        rc = tb_json_fail(&content, &e, TB_EINVAL, "is not a string");
-    if (rc == 0) {
-        struct tb_span text = {json_string_value(content.v), json_string_length(content.v)};
-        rc = tb_tokenizer_encode(t, text, special ? TB_ENCODE_TEMPLATE : 0, &ids, &e);
-    }
-    tb_json_free(&doc);
-    if (rc) {
-        refuse(req, &e);
-    } else {
-        struct tb_buf b;
-        struct tb_json_out j;
-        tb_api_answer_begin(&b, &j);
-        tb_jout_i32s(&j, "tokens", ids.p, ids.n);
-        tb_jout_object_end(&j);
-        tb_api_answer(req, 200, &b);
-    }
-    tb_ids_fini(&ids);
+    tb_llm_begin(a, req, &TEXT_FACE, TOKENIZE);
 }
 
 static void detokenize(struct tb_api *a, struct tb_http_request *req,
                        const struct tb_route_match *m)
 {
-    struct tb_json_doc doc;
-    struct tb_json list;
-    struct tb_error e = {0};
-    int32_t *ids = NULL;
-    size_t n = 0;
-    const struct tb_tokenizer *t = tokenizer(a, req);
     (void)m;
-    if (!t || tb_api_body(a, req, false, &doc)) return;
-    int rc = tb_json_array(&doc.root, "tokens", true, &list, &e);
-    if (rc == 0) rc = tb_json_as_i32s(&list, &req->arena, 0, INT32_MAX, &ids, &n, &e);
-    tb_json_free(&doc);
-    struct tb_buf text, b;
-    struct tb_json_out j;
-    tb_buf_init(&text, TB_API_MAX_ANSWER);
-    for (size_t i = 0; rc == 0 && i < n; i++) {
-        struct tb_span s;
-        rc = tb_tokenizer_token_bytes(t, ids[i], &s);
-        if (rc)
-            tb_error_set(&e, TB_EINVAL, "tokens[%zu]: %d is no token", i, (int)ids[i]);
-        else
-            tb_buf_append(&text, s.p, s.n);
-    }
-    if (rc) {
-        e.code = TB_EINVAL;
-        refuse(req, &e);
-    } else {
-        tb_api_answer_begin(&b, &j);
-        tb_jout_strn(&j, "content", text.n ? text.p : "", text.n);
-        tb_jout_object_end(&j);
-        tb_api_answer(req, 200, &b);
-    }
-    tb_buf_fini(&text);
+    tb_llm_begin(a, req, &TEXT_FACE, DETOKENIZE);
 }
+
+/* ---- the rest */
 
 static void health(struct tb_api *a, struct tb_http_request *req, const struct tb_route_match *m)
 {

@@ -114,23 +114,32 @@ static void fail(struct tb_llm *l, const struct tb_error *e)
 
 /* ---- tokens to text */
 
-static void grow(struct tb_llm_choice *c, int topk)
+/* Room for one more token; false when memory is out. */
+static bool grow(struct tb_llm_choice *c, int topk)
 {
-    if (c->n < c->cap) return;
-    c->cap = c->cap ? 2 * c->cap : 64;
-    size_t cap = (size_t)c->cap;
-    c->tokens = tb_realloc(c->tokens, cap * sizeof(*c->tokens));
-    c->logprobs = tb_realloc(c->logprobs, cap * sizeof(*c->logprobs));
-    if (!topk) return;
-    c->topk_ids = tb_realloc(c->topk_ids, cap * (size_t)topk * sizeof(*c->topk_ids));
-    c->topk_logprobs = tb_realloc(c->topk_logprobs, cap * (size_t)topk * sizeof(float));
+    if (c->n < c->cap) return true;
+    size_t cap = c->cap ? 2 * (size_t)c->cap : 64, k = (size_t)topk;
+    struct {
+        void **p;
+        size_t size;
+    } arrays[] = {{(void **)&c->tokens, sizeof(*c->tokens)},
+                  {(void **)&c->logprobs, sizeof(*c->logprobs)},
+                  {(void **)&c->topk_ids, k * sizeof(*c->topk_ids)},
+                  {(void **)&c->topk_logprobs, k * sizeof(*c->topk_logprobs)}};
+    for (size_t i = 0; i < TB_ARRAY_LEN(arrays); i++) {
+        void *p = arrays[i].size ? tb_try_realloc(*arrays[i].p, cap * arrays[i].size) : NULL;
+        if (arrays[i].size && !p) return false;
+        *arrays[i].p = p;
+    }
+    c->cap = (int32_t)cap;
+    return true;
 }
 
-static void add_token(struct tb_llm *l, struct tb_llm_choice *c, const struct tb_sampled_token *t)
+static int add_token(struct tb_llm *l, struct tb_llm_choice *c, const struct tb_sampled_token *t)
 {
     size_t k = (size_t)l->top_logprobs;
     if (!l->first_ns) l->first_ns = tb_clock_ns();
-    grow(c, l->top_logprobs);
+    if (!grow(c, l->top_logprobs)) return TB_ENOMEM;
     size_t at = (size_t)c->n++;
     c->tokens[at] = t->token;
     c->logprobs[at] = t->logprob;
@@ -139,11 +148,12 @@ static void add_token(struct tb_llm *l, struct tb_llm_choice *c, const struct tb
         memcpy(c->topk_logprobs + at * k, t->topk_logprobs, k * sizeof(*t->topk_logprobs));
     }
     tb_llm_text_feed(&c->text, t->token, &c->whole);
-    if (!t->last) return;
+    if (!t->last) return 0;
     tb_llm_text_end(&c->text, &c->whole);
     c->over = true;
     c->stopped = t->stopped;
     l->n_running--;
+    return 0;
 }
 
 /* Tells a stream's client what is new of c, unless it reads too slowly: then events merge. */
@@ -162,14 +172,21 @@ static void on_tokens(struct tb_core_stream *s, const struct tb_sampled_token *t
     struct tb_llm_prompt *p = s->arg;
     struct tb_llm *l = p->llm;
     struct tb_llm_choice *first = &l->choices[(p - l->prompts) * l->n];
+    int rc = 0;
     l->busy = true; /* a write may find that the client has gone */
-    for (int32_t i = 0; i < n && !l->dead; i++) {
+    for (int32_t i = 0; i < n && rc == 0 && !l->dead; i++) {
         struct tb_llm_choice *c = &first[tokens[i].sequence];
-        add_token(l, c, &tokens[i]);
-        tell(l, c);
+        rc = add_token(l, c, &tokens[i]);
+        if (rc == 0) tell(l, c);
     }
     l->busy = false;
-    if (l->dead) destroy(l);
+    if (l->dead) {
+        destroy(l);
+    } else if (rc) {
+        struct tb_error e = {0};
+        tb_error_set(&e, rc, "no memory for the tokens that were sampled");
+        fail(l, &e);
+    }
 }
 
 /* The result goes with the op. */
@@ -299,9 +316,6 @@ static int make_tokens(struct tb_llm *l, struct tb_llm_prompt *p, struct tb_erro
     struct tb_ids ids;
     int rc;
     if (p->tokens) return 0;
-    if (!m->text)
-        return tb_error_set(err, TB_EUNSUPPORTED,
-                            "%s has no tokenizer.json, so it takes tokens only", m->name);
     tb_ids_init(&ids);
     if (p->messages) {
         const struct tb_renderer *r = tb_llm_model_renderer(l->model);
@@ -355,7 +369,7 @@ static int make_grammar(struct tb_llm *l, struct tb_error *err)
 static void prepare(struct tb_llm *l)
 {
     const struct tb_served_model *m = tb_llm_model_info(l->model);
-    int rc = 0;
+    int rc = tb_llm_model_need_text(l->model, &l->err); /* the answer is text */
     for (int i = 0; rc == 0 && i < l->n_prompts; i++) {
         struct tb_llm_prompt *p = &l->prompts[i];
         rc = make_tokens(l, p, &l->err);
@@ -365,7 +379,7 @@ static void prepare(struct tb_llm *l)
                               (int)p->n_tokens, m->name, m->max_context);
     }
     const struct tb_renderer *r = tb_llm_model_renderer(l->model);
-    if (rc == 0 && l->prompts[0].messages && tb_renderer_stop_string(r))
+    if (rc == 0 && l->n_prompts && l->prompts[0].messages && tb_renderer_stop_string(r))
         add_stop_string(l, tb_renderer_stop_string(r));
     if (rc == 0 && l->n_stops) {
         struct tb_span *spans = tb_arena_calloc(&l->arena, l->n_stops, sizeof(*spans));
@@ -374,6 +388,7 @@ static void prepare(struct tb_llm *l)
         rc = tb_stop_set_create(m->text, spans, l->n_stops, &l->stop_set, &l->err);
     }
     if (rc == 0 && (l->json || l->schema.p)) rc = make_grammar(l, &l->err);
+    if (rc == 0 && l->face->prepare) rc = l->face->prepare(l, &l->err);
     if (rc) l->err.code = rc;
 }
 

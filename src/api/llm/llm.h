@@ -32,10 +32,10 @@ struct tb_llm;
 struct tb_llm_text {
     const struct tb_tokenizer *t;
     struct tb_stop_matcher stop;
-    struct tb_buf held;   /* bytes that may still become a stop string */
-    struct tb_buf hidden; /* for each of them, whether it is a special token's */
-    struct tb_buf tail;   /* bytes that may still become a character */
-    uint64_t n_out;       /* bytes that are no longer held */
+    struct tb_buf held;  /* bytes that may still become a stop string */
+    struct tb_buf marks; /* for each of them, what kind of token's it is */
+    struct tb_decoder decoder;
+    uint64_t n_out; /* bytes that are no longer held */
 };
 void tb_llm_text_init(struct tb_llm_text *x, const struct tb_tokenizer *t,
                       const struct tb_stop_set *stops);
@@ -77,10 +77,13 @@ struct tb_llm_choice {
     bool over, stopped, began; /* began: the face's mark that its first event is out */
 };
 
-/* One way to speak. Functions run on the loop's thread, but decode, which runs in the pool. */
+/* One way to speak. Functions run on the loop's thread, but decode and prepare, which run in
+ * the pool. One that samples nothing has no stream: no stream_type, broken and more. */
 struct tb_llm_face {
     const char *stream_type; /* content type */
     int (*decode)(struct tb_llm *l, const struct tb_json *root, struct tb_error *err);
+    /* May be NULL: what there is to do once the model is known. */
+    int (*prepare)(struct tb_llm *l, struct tb_error *err);
     /* A request that is not answered yet fails; model may be NULL. */
     void (*refuse)(struct tb_http_request *req, const struct tb_error *err);
     /* A stream fails after its beginning. */
@@ -155,6 +158,8 @@ void tb_llm_models_destroy(struct tb_llm_models *m);
 const struct tb_llm_model *tb_llm_model_find(struct tb_api *a, const char *name);
 const struct tb_served_model *tb_llm_model_info(const struct tb_llm_model *m);
 const struct tb_renderer *tb_llm_model_renderer(const struct tb_llm_model *m);
+/* TB_EUNSUPPORTED, with the reason, for a model without tokenizer. */
+int tb_llm_model_need_text(const struct tb_llm_model *m, struct tb_error *err);
 /* Names one by one, by i; NULL at the end. */
 const struct tb_llm_model *tb_llm_model_at(struct tb_api *a, int i);
 
@@ -214,6 +219,8 @@ int tb_llm_messages(struct tb_arena *a, const struct tb_json *list, struct tb_ch
 /* TB_EUNSUPPORTED when the field is there with another value than null, false, 0, "" or empty. */
 int tb_llm_refuse(const struct tb_json *obj, const char *const *keys, size_t n,
                   struct tb_error *err);
-struct tb_span tb_llm_span(struct tb_arena *a, const struct tb_json *text); /* a string's bytes */
+/* A string's bytes. */
+int tb_llm_span(struct tb_arena *a, const struct tb_json *v, struct tb_span *out,
+                struct tb_error *err);
 
 #endif

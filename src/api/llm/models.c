@@ -37,8 +37,8 @@ static int choose_renderer(struct tb_llm_model *m, const char *name, struct tb_e
 {
     if (!m->info.text) {
         if (!name) return 0;
-        return tb_error_set(err, TB_EINVAL, "%s: renderer=%s, but the folder has no tokenizer.json",
-                            m->info.name, name);
+        return tb_error_set(err, TB_EINVAL, "%s: renderer=%s, but there is no tokenizer: %s",
+                            m->info.name, name, m->info.no_text);
     }
     m->renderer = name ? tb_renderer_find(name) : tb_renderer_choose(m->info.dir, m->info.text);
     if (!m->renderer)
@@ -119,6 +119,13 @@ const struct tb_renderer *tb_llm_model_renderer(const struct tb_llm_model *m)
     return m->renderer;
 }
 
+int tb_llm_model_need_text(const struct tb_llm_model *m, struct tb_error *err)
+{
+    if (m->info.text) return 0;
+    return tb_error_set(err, TB_EUNSUPPORTED, "%s has no tokenizer, so it takes no text: %s",
+                        m->info.name, m->info.no_text);
+}
+
 /* ---- grammars */
 
 static struct kept *find_kept(struct keep *k, bool json, struct tb_span schema)
@@ -162,8 +169,6 @@ int tb_llm_grammar_get(const struct tb_llm_model *m, bool json, struct tb_span s
     struct keep *k = m->keep;
     struct tb_llm_grammar made;
     int rc = 0;
-    if (!m->info.text)
-        return tb_error_set(err, TB_EUNSUPPORTED, "%s has no tokenizer.json", m->info.name);
     uv_mutex_lock(&k->lock);
     bool found = take_kept(k, json, schema, out);
     if (!found && !k->vocab) rc = tb_vocab_create(m->info.text, m->info.vocab, &k->vocab, err);

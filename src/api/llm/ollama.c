@@ -50,13 +50,12 @@ static void broken(struct tb_llm *l, const struct tb_error *e)
 
 static int decode_options(struct tb_llm *l, const struct tb_json *root, struct tb_error *err)
 {
-    static const char *const unserved[] = {"mirostat", "mirostat_tau", "mirostat_eta", "tfs_z",
-                                           "num_keep"};
+    static const char *const unserved[] = {"mirostat", "num_keep"};
     struct tb_sample *s = &l->sample;
     struct tb_json o;
     int64_t seed = 0;
     int32_t num_ctx = 0, last_n = 64, predict = -1;
-    float typical = 1;
+    float typical = 1, tail_free = 1, tau = 0, eta = 0; /* tau and eta are mirostat's */
     int rc = tb_json_object(root, "options", false, &o, err);
     s->temperature = 0.8f;
     s->top_k = 40;
@@ -68,6 +67,9 @@ static int decode_options(struct tb_llm *l, const struct tb_json *root, struct t
         (rc = tb_llm_float(&o, "top_p", 0, 1, &s->top_p, err)) ||
         (rc = tb_llm_float(&o, "min_p", 0, 1, &s->min_p, err)) ||
         (rc = tb_llm_float(&o, "typical_p", 0, 1, &typical, err)) ||
+        (rc = tb_llm_float(&o, "tfs_z", 0, 100, &tail_free, err)) ||
+        (rc = tb_llm_float(&o, "mirostat_tau", 0, 100, &tau, err)) ||
+        (rc = tb_llm_float(&o, "mirostat_eta", 0, 100, &eta, err)) ||
         (rc = tb_llm_float(&o, "repeat_penalty", 0.01, 100, &s->repetition_penalty, err)) ||
         (rc = tb_llm_int32(&o, "repeat_last_n", -1, INT32_MAX, &last_n, err)) ||
         (rc = tb_llm_float(&o, "presence_penalty", -2, 2, &s->presence_penalty, err)) ||
@@ -80,6 +82,8 @@ static int decode_options(struct tb_llm *l, const struct tb_json *root, struct t
         return rc;
     if (typical < 1)
         return tb_error_set(err, TB_EUNSUPPORTED, "options.typical_p: is not served here");
+    if (tail_free < 1)
+        return tb_error_set(err, TB_EUNSUPPORTED, "options.tfs_z: is not served here");
     if (s->top_k == 0) s->top_k = -1;
     if (s->top_p <= 0) s->top_p = 1;
     s->max_tokens = predict > 0 ? predict : -1;
@@ -128,16 +132,11 @@ static int decode_generate(struct tb_llm *l, const struct tb_json *root, struct 
     int rc = tb_llm_refuse(root, unserved, TB_ARRAY_LEN(unserved), err);
     if (rc || (rc = tb_json_bool(root, "raw", false, &raw, err))) return rc;
     struct tb_span text = {"", 0}, sys = {NULL, 0};
-    if (tb_json_find(root, "prompt", &prompt)) {
-        if (!tb_json_is_string(&prompt))
-            return tb_json_fail(&prompt, err, TB_EINVAL, "is not a string");
-        text = tb_llm_span(&l->arena, &prompt);
-    }
-    if (tb_json_find(root, "system", &system)) {
-        if (!tb_json_is_string(&system))
-            return tb_json_fail(&system, err, TB_EINVAL, "is not a string");
-        sys = tb_llm_span(&l->arena, &system);
-    }
+    if ((tb_json_find(root, "prompt", &prompt) &&
+         (rc = tb_llm_span(&l->arena, &prompt, &text, err))) ||
+        (tb_json_find(root, "system", &system) &&
+         (rc = tb_llm_span(&l->arena, &system, &sys, err))))
+        return rc;
     *empty = text.n == 0;
     if (raw) {
         p->text = text;
@@ -169,6 +168,9 @@ static int decode(struct tb_llm *l, const struct tb_json *root, struct tb_error 
         (rc = decode_options(l, root, err)) || (rc = decode_format(l, root, err)) ||
         (rc = tb_llm_refuse(root, unserved, TB_ARRAY_LEN(unserved), err)))
         return rc;
+    if (l->top_logprobs && !l->logprobs)
+        return tb_error_set(err, TB_EINVAL, "top_logprobs: %d needs logprobs: true",
+                            l->top_logprobs);
     if (tb_json_find(root, "think", &think)) l->no_thinking = json_is_false(think.v);
     if (l->kind == GENERATE) {
         rc = decode_generate(l, root, l->prompts, &empty, err);
@@ -273,8 +275,12 @@ static void answer(struct tb_llm *l)
     }
 }
 
-static const struct tb_llm_face FACE = {
-    "application/x-ndjson", decode, refuse, broken, more, answer};
+static const struct tb_llm_face FACE = {.stream_type = "application/x-ndjson",
+                                        .decode = decode,
+                                        .refuse = refuse,
+                                        .broken = broken,
+                                        .more = more,
+                                        .answer = answer};
 
 static void generate(struct tb_api *a, struct tb_http_request *req, const struct tb_route_match *m)
 {
@@ -403,8 +409,8 @@ static void show(struct tb_api *a, struct tb_http_request *req, const struct tb_
     struct tb_error e = {0};
     const char *name = NULL;
     (void)m;
-    if (tb_api_body(a, req, false, &doc)) return;
-    int rc = tb_json_string(&doc.root, "model", false, &req->arena, 4096, &name, &e);
+    int rc = tb_api_body_parse(req, false, &doc, &e);
+    if (rc == 0) rc = tb_json_string(&doc.root, "model", false, &req->arena, 4096, &name, &e);
     if (rc == 0 && !name) /* before 0.2 */
         rc = tb_json_string(&doc.root, "name", false, &req->arena, 4096, &name, &e);
     if (rc == 0 && !name) rc = tb_error_set(&e, TB_EINVAL, "model: required, but absent");

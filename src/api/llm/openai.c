@@ -129,10 +129,7 @@ static int decode_prompt(struct tb_llm *l, const struct tb_json *v, struct tb_ll
                          struct tb_error *err)
 {
     size_t n = 0;
-    if (tb_json_is_string(v)) {
-        p->text = tb_llm_span(&l->arena, v);
-        return 0;
-    }
+    if (tb_json_is_string(v)) return tb_llm_span(&l->arena, v, &p->text, err);
     if (!tb_json_is_array(v))
         return tb_json_fail(v, err, TB_EINVAL, "is neither a string nor a list of tokens");
     int32_t *ids;
@@ -447,10 +444,9 @@ static void put_text_choice(struct tb_json_out *j, struct tb_llm *l, struct tb_l
                           {c->n, c->tokens, c->logprobs, c->topk_ids, c->topk_logprobs}};
     struct tb_buf text;
     tb_buf_init(&text, TB_API_MAX_ANSWER);
-    for (int32_t i = 0; l->echo && i < p->n_tokens; i++) {
-        struct tb_span s = tb_llm_token_bytes(l, p->tokens[i]);
-        tb_buf_append(&text, s.p, s.n);
-    }
+    if (l->echo)
+        tb_tokenizer_decode(tb_llm_model_info(l->model)->text, p->tokens, (size_t)p->n_tokens, 0,
+                            &text);
     if (l->sample.max_tokens == 0) /* the prompt's scores only; what was sampled is not asked for */
         runs[1].n = 0;
     else
@@ -493,7 +489,12 @@ static void answer(struct tb_llm *l)
     tb_llm_answer_json(l);
 }
 
-static const struct tb_llm_face FACE = {"text/event-stream", decode, refuse, broken, more, answer};
+static const struct tb_llm_face FACE = {.stream_type = "text/event-stream",
+                                        .decode = decode,
+                                        .refuse = refuse,
+                                        .broken = broken,
+                                        .more = more,
+                                        .answer = answer};
 
 static void chat(struct tb_api *a, struct tb_http_request *req, const struct tb_route_match *m)
 {

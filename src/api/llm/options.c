@@ -25,10 +25,16 @@ int tb_llm_int32(const struct tb_json *obj, const char *key, int32_t min, int32_
     return rc;
 }
 
-struct tb_span tb_llm_span(struct tb_arena *a, const struct tb_json *text)
+int tb_llm_span(struct tb_arena *a, const struct tb_json *v, struct tb_span *out,
+                struct tb_error *err)
 {
-    size_t n = json_string_length(text->v);
-    return (struct tb_span){tb_arena_strndup(a, json_string_value(text->v), n), n};
+    if (!tb_json_is_string(v)) return tb_json_fail(v, err, TB_EINVAL, "is not a string");
+    size_t n = json_string_length(v->v);
+    char *p = tb_arena_try_alloc(a, n + 1);
+    if (!p) return tb_json_fail(v, err, TB_ENOMEM, "no memory for %zu bytes", n);
+    memcpy(p, json_string_value(v->v), n);
+    *out = (struct tb_span){p, n};
+    return 0;
 }
 
 int tb_llm_stops(struct tb_llm *l, const struct tb_json *obj, const char *key, size_t max,
@@ -85,10 +91,7 @@ static int content(struct tb_arena *a, const struct tb_json *c, struct tb_span *
                    struct tb_error *err)
 {
     struct tb_json part, type, text;
-    if (tb_json_is_string(c)) {
-        *out = tb_llm_span(a, c);
-        return 0;
-    }
+    if (tb_json_is_string(c)) return tb_llm_span(a, c, out, err);
     if (!tb_json_is_array(c))
         return tb_json_fail(c, err, TB_EINVAL, "is neither a string nor a list of parts");
     struct tb_buf b;
@@ -104,7 +107,10 @@ static int content(struct tb_arena *a, const struct tb_json *c, struct tb_span *
         else
             tb_buf_append(&b, json_string_value(text.v), json_string_length(text.v));
     }
-    *out = (struct tb_span){tb_arena_strndup(a, b.n ? b.p : "", b.n), b.n};
+    char *p = rc || b.failed ? NULL : tb_arena_try_alloc(a, b.n + 1);
+    if (rc == 0 && !p) rc = tb_json_fail(c, err, TB_ENOMEM, "no memory for its text");
+    if (p && b.n) memcpy(p, b.p, b.n);
+    *out = (struct tb_span){p, p ? b.n : 0};
     tb_buf_fini(&b);
     return rc;
 }
@@ -120,7 +126,9 @@ int tb_llm_messages(struct tb_arena *a, const struct tb_json *list, struct tb_ch
     if (n > TB_MAX_DATA)
         return tb_json_fail(list, err, TB_EINVAL, "%zu messages are more than the limit of %d", n,
                             TB_MAX_DATA);
-    struct tb_chat_message *messages = *out = tb_arena_calloc(a, n, sizeof(*messages));
+    struct tb_chat_message *messages = *out = tb_arena_try_array(a, n, sizeof(*messages));
+    if (!messages) return tb_json_fail(list, err, TB_ENOMEM, "no memory for %zu messages", n);
+    memset(messages, 0, n * sizeof(*messages));
     for (size_t i = 0; i < n; i++) {
         struct tb_chat_message *to = &messages[i];
         const char *role = NULL;

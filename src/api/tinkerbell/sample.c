@@ -36,9 +36,10 @@ static int encode(struct tb_bell_job *j, const struct sample *s, struct tb_span 
     const struct tb_served_model *m = tb_llm_model_info(s->base);
     struct tb_chat_message user = {.role = TB_SPAN_LIT("user"), .content = text};
     struct tb_ids ids;
-    if (!m->text) return tb_error_set(err, TB_EUNSUPPORTED, "%s has no tokenizer.json", m->name);
+    int rc = tb_llm_model_need_text(s->base, err);
+    if (rc) return rc;
     tb_ids_init(&ids);
-    int rc = tb_chat_render(tb_llm_model_renderer(s->base), m->text, &user, 1, true, &ids, err);
+    rc = tb_chat_render(tb_llm_model_renderer(s->base), m->text, &user, 1, true, &ids, err);
     if (rc == 0) {
         int32_t *tokens = tb_arena_calloc(&j->arena, ids.n + 1, sizeof(*tokens));
         memcpy(tokens, ids.p, ids.n * sizeof(*tokens));

@@ -61,8 +61,7 @@ static int conversation(struct tb_bell_job *j, struct train *t, const struct tb_
     size_t n;
     const struct tb_served_model *m = tb_llm_model_info(t->base);
     int rc = tb_llm_messages(&j->arena, list, &messages, &n, err);
-    if (rc) return rc;
-    if (!m->text) return tb_error_set(err, TB_EUNSUPPORTED, "%s has no tokenizer.json", m->name);
+    if (rc || (rc = tb_llm_model_need_text(t->base, err))) return rc;
     tb_ids_init(&ids);
     rc = tb_chat_render(tb_llm_model_renderer(t->base), m->text, messages, n, false, &ids, err);
     if (rc == 0 && ids.n < 2) rc = tb_json_fail(list, err, TB_EINVAL, "has no text");

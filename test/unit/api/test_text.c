@@ -127,6 +127,42 @@ static void test_any_stop(void **state)
     tb_ids_fini(&ids);
 }
 
+/* With byte fallback: a run of byte tokens is text once it is over, and is cut by a stop; the text
+ * goes on from its prompt, so the space at its beginning stays. */
+static void test_byte_tokens(void **state)
+{
+    static const char json[] =
+        "{\"decoder\":{\"type\":\"Sequence\",\"decoders\":[{\"type\":\"Replace\",\"pattern\":{\"String\":"
+        "\"\\u2581\"},\"content\":\" \"},{\"type\":\"ByteFallback\"},{\"type\":\"Fuse\"},{\"type\":\"Strip\","
+        "\"content\":\" \",\"start\":1,\"stop\":0}]},\"model\":{\"type\":\"BPE\",\"vocab\":{\"<0xC3>\":0,"
+        "\"<0xA9>\":1,\"\\u2581the\":2},\"merges\":[]},\"added_tokens\":[{\"id\":3,\"content\":\"<s>\","
+        "\"special\":true}]}";
+    static const struct {
+        const char *stop, *want;
+        size_t n;
+        int32_t ids[8];
+    } cases[] = {
+        {NULL, " the\u00e9 the", 4, {2, 0, 1, 2}},  {NULL, "\u00e9", 3, {0, 3, 1}},
+        {NULL, "\ufffd\ufffd\ufffd", 3, {0, 1, 0}}, {"\u00e9", " the\ufffd", 4, {2, 0, 0, 1}},
+        {"e\u00e9", " th", 3, {2, 0, 1}},           {"<s>", "\u00e9", 3, {0, 1, 3}},
+    };
+    struct tb_tokenizer *demo = tok;
+    struct tb_error e;
+    (void)state;
+    if (tb_tokenizer_create_from_json("sp", TB_SPAN_LIT(json), &tok, &e)) fail_msg("%s", e.msg);
+    for (size_t i = 0; i < TB_ARRAY_LEN(cases); i++) {
+        struct tb_span s = cases[i].stop ? tb_span_str(cases[i].stop) : (struct tb_span){NULL, 0};
+        struct tb_buf out;
+        int hit;
+        run(cases[i].ids, cases[i].n, &s, cases[i].stop != NULL, &out, &hit);
+        assert_string_equal(out.p, cases[i].want);
+        assert_int_equal(hit >= 0, cases[i].stop != NULL);
+        tb_buf_fini(&out);
+    }
+    tb_tokenizer_destroy(tok);
+    tok = demo;
+}
+
 static void test_special_tokens(void **state)
 {
     (void)state;
@@ -198,7 +234,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_stops),          cmocka_unit_test(test_any_stop),
         cmocka_unit_test(test_special_tokens), cmocka_unit_test(test_characters),
-        cmocka_unit_test(test_random_tokens),
+        cmocka_unit_test(test_random_tokens),  cmocka_unit_test(test_byte_tokens),
     };
     return cmocka_run_group_tests_name("text", tests, setup, teardown);
 }
