@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
@@ -230,6 +231,17 @@ class Server:
 
     def prefill(self, sampler, length):
         return self.sample([sampler], [self.ids(length)], 1)[0]
+
+    def touch_cache(self):
+        """Fills the KV cache once: the first use of a page of memory is the machine's time, paid by a server's first minutes."""
+        base = self.base_sampler()
+        while self.metric("tinkerbell_kv_pages_free") > 0:
+            self.sample([base], [self.ids(2000)], 1)
+
+    def metric(self, name):
+        with urllib.request.urlopen(f"http://{self.raw.host}:{self.raw.port}/metrics") as answer:
+            return sum(float(line.split()[-1]) for line in answer.read().decode().splitlines()
+                       if line.split()[0].split("{")[0] == name)
 
     def decode(self, samplers, steps):
         """Seconds of `steps` tokens of a sequence of each sampler: what long answers take beyond answers of one token."""
