@@ -273,6 +273,8 @@ struct tb_backend {
     const struct tb_reclaimer *reclaimer; /* or NULL */
     void *reclaimer_arg;
     struct tb_error reclaim_error; /* why less was freed than there was to free */
+    bool lost; /* the device failed for good: nothing runs any more, what comes from it since is
+                  zeros, and sync says why */
 };
 
 /* Who can free memory when the limit is reached: model/pager.h. */
@@ -314,7 +316,7 @@ struct tb_backend_options {
     size_t mem_limit; /* 0 = none: an allocation fails when the machine has no more */
     int n_threads;    /* 0 = all cores */
     const char *isa;  /* NULL = best; "plain", "avx2", "avx512", "avx512_bf16": tests force one */
-    const char *devices; /* cuda: the device's number, "0" */
+    int device;       /* cuda: its number, from 0 */
 };
 
 /* What --backend and --dtype mean on this machine. name: "auto", "cpu", "cuda"; dtype: "auto",

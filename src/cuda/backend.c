@@ -9,7 +9,6 @@
  * Owner: see cuda.h. Thread: create and destroy on any one thread.
  */
 #include <stdio.h>
-#include <stdlib.h>
 
 #include "cuda/host.h"
 #include "util/log.h"
@@ -24,6 +23,7 @@ void tb_cuda_fail(struct tb_cuda *c, const char *what, const char *why)
         return;
     }
     if (c->lost.code) return;
+    c->be.lost = true;
     tb_error_set(&c->lost, TB_EDEVICE, "CUDA device %d (%s) is lost: %s: %s", c->device, c->name,
                  what, why);
     tb_log(TB_LOG_ERROR, "cuda", "%s", c->lost.msg);
@@ -37,23 +37,7 @@ bool tb_cuda_ok(struct tb_cuda *c, cudaError_t e, const char *what)
 
 /* ---- the device */
 
-/* Which of n devices the option names. */
-static int parse_device(const char *text, int n, int *out, struct tb_error *err)
-{
-    char *end;
-    *out = 0;
-    if (!text) return 0;
-    long device = strtol(text, &end, 10);
-    if (end == text || *end || device < 0)
-        return tb_error_set(err, TB_EINVAL, "'%s' is no number of a CUDA device", text);
-    if (device >= n)
-        return tb_error_set(err, TB_EINVAL, "there is no CUDA device %ld; there %s %d, from 0",
-                            device, n == 1 ? "is" : "are", n);
-    *out = (int)device;
-    return 0;
-}
-
-static int open_device(struct tb_cuda *c, const char *which, struct tb_error *err)
+static int open_device(struct tb_cuda *c, int device, struct tb_error *err)
 {
     struct cudaDeviceProp p;
     int n = 0;
@@ -61,8 +45,10 @@ static int open_device(struct tb_cuda *c, const char *which, struct tb_error *er
     if (e || n == 0)
         return tb_error_set(err, TB_EUNSUPPORTED, "no CUDA device can be used: %s",
                             cudaGetErrorString(e ? e : cudaErrorNoDevice));
-    int rc = parse_device(which, n, &c->device, err);
-    if (rc) return rc;
+    c->device = device;
+    if (device < 0 || device >= n)
+        return tb_error_set(err, TB_EINVAL, "there is no CUDA device %d; there %s %d, from 0",
+                            device, n == 1 ? "is" : "are", n);
     if ((e = cudaGetDeviceProperties(&p, c->device)) || (e = cudaSetDevice(c->device)))
         return tb_error_set(err, TB_EUNSUPPORTED, "CUDA device %d cannot be used: %s", c->device,
                             cudaGetErrorString(e));
@@ -153,7 +139,7 @@ int tb_backend_cuda_create(struct tb_backend **out, const struct tb_backend_opti
     *out = NULL;
     c->be.act = options ? options->act : TB_BF16;
     fill_ops(c);
-    int rc = open_device(c, options ? options->devices : NULL, err);
+    int rc = open_device(c, options ? options->device : 0, err);
     if (!rc) rc = open_pool(c, options ? options->mem_limit : 0, err);
     if (!rc) rc = tb_cuda_queues_create(c, err);
     if (!rc) rc = tb_cuda_ring_create(c, err);

@@ -56,8 +56,8 @@ static inline struct tb_cuda *tb_cuda(struct tb_backend *be)
     return (struct tb_cuda *)(void *)be;
 }
 
-/* Device `options->devices` (one number; NULL: 0). mem_limit 0, or more than is free: nine tenths
- * of the device's free memory. */
+/* Device `options->device`. mem_limit 0, or more than is free: nine tenths of the device's free
+ * memory. */
 int tb_backend_cuda_create(struct tb_backend **out, const struct tb_backend_options *options,
                            struct tb_error *err);
 

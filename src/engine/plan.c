@@ -78,6 +78,12 @@ static void fail(struct tb_lane *l, struct tb_task *t, int code, const char *wha
     finish(l, t);
 }
 
+/* Whether the device is gone for good, and why: what needs it fails at once. */
+static bool is_lost(struct tb_lane *l, struct tb_error *err)
+{
+    return l->be->lost && l->be->ops->sync(l->be, err);
+}
+
 static struct tb_model *task_model(struct tb_lane *l, const struct tb_task *t)
 {
     return t->model >= 0 && t->model < l->n_models ? l->models[t->model] : NULL;
@@ -88,6 +94,10 @@ static struct tb_model *task_model(struct tb_lane *l, const struct tb_task *t)
 static void take_sample(struct tb_lane *l, struct tb_task *t)
 {
     struct tb_adapter_version *version = NULL;
+    if (is_lost(l, &t->op->error)) {
+        finish(l, t);
+        return;
+    }
     if (t->version_id) {
         struct lane_version *v = tb_map_get(&l->versions, KEY(t->version_id));
         if (!v || v->model != t->model) {
@@ -122,7 +132,8 @@ static void take_version(struct tb_lane *l, struct tb_task *t)
 {
     if (t->type == TB_TASK_VERSION_LOAD) {
         struct tb_adapter_version *version = NULL;
-        if (!tb_version_create_from(&version, task_model(l, t), t->state, &t->error))
+        if (!is_lost(l, &t->error) &&
+            !tb_version_create_from(&version, task_model(l, t), t->state, &t->error))
             version_put(l, t, version);
     } else {
         struct lane_version *v = tb_map_del(&l->versions, KEY(t->version_id));
@@ -230,6 +241,7 @@ static void run_small(struct tb_lane *l, struct lane_adapter *a, struct tb_task 
     struct tb_adapter_version *version = NULL;
     struct tb_error *err = tb_task_error(t);
 
+    if (is_lost(l, err)) return;
     if (!a->adapter && t->type != TB_TASK_ADAPTER_CREATE && t->type != TB_TASK_ADAPTER_FREE &&
         !(t->type == TB_TASK_ADAPTER_LOAD && t->create)) {
         tb_error_set(err, TB_ENOTFOUND, "the model's adapter does not exist");
@@ -362,6 +374,7 @@ static bool begin_training(struct tb_lane *l, struct lane_adapter *a, struct tb_
     struct tb_error *err = &t->op->error, e = {0};
     if (!t->begun) {
         begin(l, t);
+        if (is_lost(l, err)) return false;
         if (!a->adapter)
             tb_error_set(err, TB_ENOTFOUND, "the model's adapter does not exist");
         else
@@ -519,7 +532,7 @@ void lane_note_pages(struct tb_lane *l)
 {
     struct tb_kv_stats sum = {0};
     for (int m = 0; m < l->n_models; m++)
-        tb_model_kv_stats(l->models[m], &sum);
+        if (l->models[m]) tb_model_kv_stats(l->models[m], &sum);
     struct lane_stats *s = &l->stats;
     atomic_store_explicit(&s->kv_free, sum.n_free, memory_order_relaxed);
     atomic_store_explicit(&s->kv_cached, sum.n_cached, memory_order_relaxed);
@@ -569,6 +582,7 @@ static void fail_all(struct tb_lane *l)
 
 void lane_run(struct tb_lane *l)
 {
+    tb_backend_use(l->be, TB_QUEUE_TRAIN);
     for (;;) {
         take_inbox(l);
         if (atomic_load_explicit(&l->closing, memory_order_relaxed)) {

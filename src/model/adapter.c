@@ -307,6 +307,19 @@ static void init_a(const struct tb_model *m, int module, uint64_t seed, float *o
     }
 }
 
+/* The weights of a held adapter whose parameters are there. */
+static int finish_create(struct tb_adapter **out, struct tb_adapter *a, struct tb_error *err)
+{
+    tb_adapter_refresh_act(a);
+    int rc = a->m->be->ops->sync(a->m->be, err);
+    tb_adapter_release(a);
+    if (rc)
+        tb_adapter_free(a);
+    else
+        *out = a;
+    return rc;
+}
+
 int tb_adapter_create(struct tb_adapter **out, struct tb_model *m,
                       const struct tb_lora_config *config, struct tb_error *err)
 {
@@ -334,10 +347,7 @@ int tb_adapter_create(struct tb_adapter **out, struct tb_model *m,
     }
     m->be->ops->upload(m->be, a->p, host, tb_adapter_flat_bytes(a));
     tb_free(host);
-    tb_adapter_refresh_act(a);
-    tb_adapter_release(a);
-    *out = a;
-    return 0;
+    return finish_create(out, a, err);
 }
 
 const struct tb_lora_config *tb_adapter_config(const struct tb_adapter *a)
@@ -404,8 +414,12 @@ int tb_adapter_export(struct tb_adapter *a, bool with_optimizer, struct tb_adapt
         ops->download(a->m->be, s->v, a->var, bytes);
     }
     tb_adapter_release(a);
-    *out = s;
-    return 0;
+    rc = ops->sync(a->m->be, err);
+    if (rc)
+        tb_adapter_state_destroy(s);
+    else
+        *out = s;
+    return rc;
 }
 
 static const struct tb_state_tensor *find_tensor(const struct tb_adapter_state *s, const char *name,
@@ -504,10 +518,7 @@ static int build(struct tb_adapter **out, struct tb_model *m, const struct tb_ad
         tb_adapter_free(a);
         return rc;
     }
-    tb_adapter_refresh_act(a);
-    tb_adapter_release(a);
-    *out = a;
-    return 0;
+    return finish_create(out, a, err);
 }
 
 int tb_adapter_create_from(struct tb_adapter **out, struct tb_model *m,

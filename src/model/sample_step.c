@@ -654,6 +654,7 @@ static void accept(struct step *st, struct tb_seq *q, int32_t token, float lp, c
 {
     int k = q->s->req->topk_sample_logprobs;
     if (k) topk_row(st, logits, lse, k, st->k_ids, st->k_lps);
+    if (st->m->be->lost) return; /* these are no results */
     tb_seq_accept(q, token, lp, st->k_ids, st->k_lps);
 }
 
@@ -744,7 +745,7 @@ static void run_block(struct step *st, struct tb_pass *p, int from, int n)
     for (int i = 0; i < n; i++) {
         struct out_row *o = &st->out[from + i];
         const float *row = p->logits + (size_t)i * (size_t)V;
-        if (o->q->s->done) continue;
+        if (o->q->s->done || st->m->be->lost) continue;
         if (!isfinite(st->lse[i]))
             tb_sampling_fail(o->q->s, TB_ENONFINITE, "the model's logits are not finite");
         else if (i < d0)
@@ -754,6 +755,16 @@ static void run_block(struct step *st, struct tb_pass *p, int from, int n)
         else
             first_draws(st, o->q->s, row, &st->lse[i]);
     }
+}
+
+/* The rows through all layers and the final norm. */
+static void queue_layers(void *arg)
+{
+    struct tb_pass *p = arg;
+    struct tb_model *m = p->m;
+    tb_pass_forward(p);
+    m->be->ops->rmsnorm(m->be, p->x[m->cfg.n_layers], m->norm, p->T, m->cfg.hidden, m->cfg.norm_eps,
+                        p->xn, NULL);
 }
 
 /* Runs the chosen rows and moves every sequence on. */
@@ -767,9 +778,10 @@ static int run(struct step *st, struct tb_error *err)
     int rc = tb_model_need_rope(m, pack(st, &p), err);
     if (!rc) rc = tb_pass_init(&p, &m->sample_ws, false, err);
     if (rc) goto out;
-    tb_pass_forward(&p);
-    m->be->ops->rmsnorm(m->be, p.x[m->cfg.n_layers], m->norm, p.T, m->cfg.hidden, m->cfg.norm_eps,
-                        p.xn, NULL);
+    if (st->T == st->n) /* all decode */
+        tb_backend_step(m->be, p.T, queue_layers, &p);
+    else
+        queue_layers(&p);
     gather_out(st, &p);
     for (int i = 0; i < st->n; i++) {
         st->entries[i].q->n_kv += st->entries[i].n;
@@ -801,6 +813,7 @@ int tb_model_sample_step(struct tb_model *m, struct tb_sampling *const *s, int n
     struct tb_error e = {0};
     int rc = 0;
     *n_rows = 0;
+    tb_backend_use(m->be, TB_QUEUE_SAMPLE);
     for (int i = 0; i < n; i++)
         s[i]->chosen = true;
     do { /* again for those that left a failed step out */
@@ -816,5 +829,6 @@ int tb_model_sample_step(struct tb_model *m, struct tb_sampling *const *s, int n
     } while (rc && rc != TB_EDEVICE);
     for (int i = 0; i < n; i++)
         s[i]->chosen = false;
+    tb_backend_use(m->be, TB_QUEUE_TRAIN);
     return rc == TB_EDEVICE ? tb_error_set(err, rc, "%s", e.msg) : 0;
 }

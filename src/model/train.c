@@ -205,6 +205,7 @@ static void finish_op(struct tb_training *t)
     if (!t->failed && t->scratch &&
         !isfinite(m->be->ops->sum_squares(m->be, t->scratch, (size_t)t->adapter->layout->n_floats)))
         tb_train_fail(t, TB_ENONFINITE, "the gradient is not finite");
+    if (!t->failed && m->be->ops->sync(m->be, &err)) tb_train_fail(t, err.code, "%s", err.msg);
     if (t->failed) {
         release(t);
         free_scratch(t);
