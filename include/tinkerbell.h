@@ -51,6 +51,7 @@ typedef struct tb_model_option {
 
 #define TB_MAX_MODELS   16
 #define TB_MAX_API_KEYS 256
+#define TB_MAX_DEVICES  16
 
 typedef struct tb_options {
     tb_model_option_t models[TB_MAX_MODELS];
@@ -58,6 +59,10 @@ typedef struct tb_options {
     const char *data_dir; /* metadata and checkpoints; created when missing */
     const char *backend;  /* "auto", "cpu", "cuda" */
     const char *dtype;    /* "auto", "bf16", "f32" */
+    /* GPUs to use, by CUDA's numbers; model i goes to the (i mod n_devices)-th. 0 given: the first
+     */
+    int devices[TB_MAX_DEVICES];
+    int n_devices;
     /* "KEY" or "KEY=TENANT". A tenant (without a name: "default") sees only what is its own. */
     const char *api_keys[TB_MAX_API_KEYS];
     int n_api_keys; /* 0: every key is accepted, and all are one tenant */
@@ -66,7 +71,7 @@ typedef struct tb_options {
     uint64_t tenant_queue;              /* bytes of requests without a result */
     uint64_t tenant_pending;            /* requests without a result */
     const char *public_url;             /* base of URLs in answers; NULL: from the request */
-    uint64_t memory;                    /* bytes; 0: what the machine has */
+    uint64_t memory;                    /* bytes, of each GPU; 0: what there is */
     int n_threads;                      /* computing threads; 0: all cores */
     int max_rank;                       /* 256 */
     int max_context;                    /* tokens; 0: the model's own limit */

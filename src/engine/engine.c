@@ -1,6 +1,7 @@
 /*
- * The engine's public side: loads the base models onto a backend, makes the lane, and passes tasks
- * to it. There is one lane a device; today one device. See engine.h and lane.h.
+ * The engine's public side: loads the base models onto the devices, makes a lane for each, and
+ * passes tasks to the lane of their model. Models go to the devices in turn. See engine.h and
+ * lane.h.
  */
 #include "engine/engine.h"
 
@@ -14,10 +15,11 @@
 
 struct tb_engine {
     uv_loop_t *loop;
-    struct tb_lane *lane;
+    struct tb_lane **lanes; /* model i is on lane i % n_lanes */
+    int n_lanes, n_open;
     char **tokenizers; /* [n_models], entries may be NULL */
     int n_models;
-    char describe[200];
+    char describe[512];
     void (*closed_cb)(void *arg);
     void *closed_arg;
 };
@@ -42,78 +44,144 @@ struct tb_error *tb_task_error(struct tb_task *t)
     return t->op ? &t->op->error : &t->error;
 }
 
-int tb_engine_create(struct tb_engine **out, uv_loop_t *loop, const struct tb_engine_options *o,
-                     struct tb_error *err)
+/* ---- life */
+
+/* What a lane is made of. */
+struct device {
+    struct tb_backend *be;
+    struct tb_pager *pager;
+    struct tb_model **models; /* [n_models], NULL: on another device */
+};
+
+static int open_backend(struct tb_engine *e, struct device *d, int at,
+                        const struct tb_engine_options *o, struct tb_error *err)
 {
-    /* Without --memory a tenth is left to the rest of the machine. */
-    uint64_t memory = o->memory ? o->memory : tb_mem_machine() / 10 * 9;
-    struct tb_backend_options bo = {.n_threads = o->n_threads, .mem_limit = (size_t)memory};
-    struct tb_model_options mo = {.max_rank = o->max_rank,
-                                  .max_context = o->max_context,
-                                  .kv_bytes = (size_t)memory / 8 / (size_t)TB_MAX(o->n_models, 1)};
-    struct tb_backend *be = NULL;
-    struct tb_pager *pager = NULL;
-    struct tb_model **models = NULL;
-    int n = 0, rc;
-    struct tb_engine *e = tb_calloc(1, sizeof(*e));
-
-    e->loop = loop;
-    e->tokenizers = tb_calloc((size_t)TB_MAX(o->n_models, 1), sizeof(char *));
-    models = tb_calloc((size_t)TB_MAX(o->n_models, 1), sizeof(models[0]));
-    if ((rc = tb_backend_create(&be, o->backend, o->dtype, &bo, err))) goto fail;
-    be->ops->describe(be, e->describe, sizeof(e->describe));
-    if (o->paging_dir && (rc = tb_pager_create(&pager, be, o->paging_dir, err))) goto fail;
-    mo.pager = pager;
-    for (; n < o->n_models; n++) {
-        const struct tb_engine_model *m = &o->models[n];
-        uint64_t t0 = tb_clock_ms();
-        if ((rc = tb_model_load(&models[n], be, m->name, m->dir, &mo, err))) {
-            if (rc == TB_ENOMEM)
-                tb_error_prefix(err, "the models do not fit into %llu MiB (--memory)",
-                                (unsigned long long)memory >> 20);
-            goto fail;
-        }
-        const struct tb_model_info *info = tb_model_info(models[n]);
-        tb_log(TB_LOG_INFO, "engine", "loaded model=%s arch=%s weights_mb=%zu ms=%llu", m->name,
-               info->arch, info->weight_bytes >> 20, (unsigned long long)(tb_clock_ms() - t0));
-        if (m->tokenizer) e->tokenizers[n] = tb_strdup(m->tokenizer);
-    }
-    e->n_models = n;
-    if ((rc = lane_create(&e->lane, loop, be, pager, models, n, err))) goto fail;
-    *out = e;
-    return 0;
-
-fail:
-    for (int i = 0; i < n; i++) {
-        tb_model_free(models[i]);
-        tb_free(e->tokenizers[i]);
-    }
-    tb_free(models);
-    tb_pager_destroy(pager);
-    if (be) be->ops->destroy(be);
-    tb_free(e->tokenizers);
-    tb_free(e);
+    struct tb_backend_options bo = {.n_threads = o->n_threads,
+                                    .mem_limit = (size_t)o->memory,
+                                    .device = o->n_devices ? o->devices[at] : 0};
+    int rc = tb_backend_create(&d->be, o->backend, o->dtype, &bo, err);
+    if (rc) return rc;
+    if (o->n_devices && !strcmp(d->be->ops->name, "cpu"))
+        return tb_error_set(err, TB_EINVAL, "--devices: the cpu backend has none to choose from");
+    /* Without --memory a tenth is left to the rest of the machine; a GPU's backend leaves it. */
+    if (!d->be->mem_limit) d->be->mem_limit = (size_t)(tb_mem_machine() / 10 * 9);
+    size_t n = strlen(e->describe);
+    if (n) n += (size_t)snprintf(e->describe + n, sizeof(e->describe) - n, "; ");
+    if (n < sizeof(e->describe))
+        d->be->ops->describe(d->be, e->describe + n, sizeof(e->describe) - n);
+    if (!o->paging_dir) return 0;
+    char *dir = at ? tb_asprintf("%s-%d", o->paging_dir, at) : tb_strdup(o->paging_dir);
+    rc = tb_pager_create(&d->pager, d->be, dir, err);
+    tb_free(dir);
     return rc;
 }
 
-static void engine_closed(void *arg)
+static int load_model(struct tb_model **out, const struct device *d, int n_beside,
+                      const struct tb_engine_model *m, const struct tb_engine_options *o,
+                      struct tb_error *err)
 {
-    struct tb_engine *e = arg;
-    void (*cb)(void *) = e->closed_cb;
-    void *cb_arg = e->closed_arg;
+    struct tb_model_options mo = {.max_rank = o->max_rank,
+                                  .max_context = o->max_context,
+                                  .kv_bytes = d->be->mem_limit / 8 / (size_t)n_beside,
+                                  .pager = d->pager};
+    uint64_t t0 = tb_clock_ms();
+    int rc = tb_model_load(out, d->be, m->name, m->dir, &mo, err);
+    if (rc == TB_ENOMEM)
+        tb_error_prefix(err, "the models do not fit into %zu MiB (--memory)",
+                        d->be->mem_limit >> 20);
+    if (rc) return rc;
+    const struct tb_model_info *info = tb_model_info(*out);
+    tb_log(TB_LOG_INFO, "engine", "loaded model=%s arch=%s weights_mb=%zu ms=%llu", m->name,
+           info->arch, info->weight_bytes >> 20, (unsigned long long)(tb_clock_ms() - t0));
+    return 0;
+}
+
+static void close_device(struct device *d, int n_models)
+{
+    for (int i = 0; d->models && i < n_models; i++)
+        tb_model_free(d->models[i]);
+    tb_free(d->models);
+    tb_pager_destroy(d->pager);
+    if (d->be) d->be->ops->destroy(d->be);
+}
+
+static void engine_free(struct tb_engine *e)
+{
     for (int i = 0; i < e->n_models; i++)
         tb_free(e->tokenizers[i]);
     tb_free(e->tokenizers);
+    tb_free(e->lanes);
     tb_free(e);
+}
+
+static void lane_closed(void *arg)
+{
+    struct tb_engine *e = arg;
+    if (--e->n_open) return;
+    void (*cb)(void *) = e->closed_cb;
+    void *cb_arg = e->closed_arg;
+    engine_free(e);
     if (cb) cb(cb_arg);
+}
+
+int tb_engine_create(struct tb_engine **out, uv_loop_t *loop, const struct tb_engine_options *o,
+                     struct tb_error *err)
+{
+    size_t n = (size_t)TB_MAX(o->n_devices, 1), n_models = (size_t)o->n_models;
+    struct device *devices = tb_calloc(n, sizeof(*devices));
+    struct tb_engine *e = tb_calloc(1, sizeof(*e));
+    int rc = 0;
+
+    e->loop = loop;
+    e->n_models = o->n_models;
+    e->tokenizers = tb_calloc(TB_MAX(n_models, 1), sizeof(char *));
+    e->lanes = tb_calloc(n, sizeof(*e->lanes));
+    for (size_t i = 0; i < n && !rc; i++) {
+        devices[i].models = tb_calloc(TB_MAX(n_models, 1), sizeof(devices[i].models[0]));
+        rc = open_backend(e, &devices[i], (int)i, o, err);
+    }
+    for (size_t i = 0; i < n_models && !rc; i++) {
+        const struct tb_engine_model *m = &o->models[i];
+        struct device *d = &devices[i % n];
+        int n_beside = (int)((n_models - i % n + n - 1) / n); /* models on it */
+        rc = load_model(&d->models[i], d, n_beside, m, o, err);
+        if (!rc && m->tokenizer) e->tokenizers[i] = tb_strdup(m->tokenizer);
+    }
+    for (size_t i = 0; i < n && !rc; i++) {
+        struct device *d = &devices[i];
+        rc = lane_create(&e->lanes[i], loop, d->be, d->pager, d->models, o->n_models, err);
+        if (rc) break;
+        *d = (struct device){0};
+        e->n_lanes = e->n_open = (int)i + 1;
+    }
+    for (size_t i = 0; i < n; i++)
+        close_device(&devices[i], o->n_models);
+    tb_free(devices);
+    if (!rc) {
+        *out = e;
+    } else if (e->n_open) {
+        for (int i = 0; i < e->n_lanes; i++)
+            lane_close(e->lanes[i], lane_closed, e);
+    } else {
+        engine_free(e);
+    }
+    return rc;
 }
 
 void tb_engine_close(struct tb_engine *e, void (*cb)(void *arg), void *arg)
 {
     e->closed_cb = cb;
     e->closed_arg = arg;
-    lane_close(e->lane, engine_closed, e);
+    for (int i = 0; i < e->n_lanes; i++)
+        lane_close(e->lanes[i], lane_closed, e);
 }
+
+static struct tb_lane *lane_of(const struct tb_engine *e, int model)
+{
+    return e->lanes[model % e->n_lanes];
+}
+
+/* ---- facts */
 
 int tb_engine_n_models(const struct tb_engine *e)
 {
@@ -122,7 +190,7 @@ int tb_engine_n_models(const struct tb_engine *e)
 
 const struct tb_model_info *tb_engine_model_info(const struct tb_engine *e, int model)
 {
-    return tb_model_info(e->lane->models[model]);
+    return tb_model_info(lane_of(e, model)->models[model]);
 }
 
 const char *tb_engine_model_tokenizer(const struct tb_engine *e, int model)
@@ -145,7 +213,7 @@ const char *tb_engine_describe(const struct tb_engine *e)
 
 void tb_engine_submit(struct tb_engine *e, struct tb_task *task)
 {
-    lane_submit(e->lane, task);
+    lane_submit(task->model >= 0 ? lane_of(e, task->model) : e->lanes[0], task);
 }
 
 void tb_engine_cancel(struct tb_engine *e, struct tb_task *task)
@@ -153,34 +221,55 @@ void tb_engine_cancel(struct tb_engine *e, struct tb_task *task)
     __atomic_store_n(&task->canceled, true, __ATOMIC_RELAXED);
 }
 
-void tb_engine_stats(const struct tb_engine *e, struct tb_engine_stats *out)
+/* Adds a lane's numbers to those of the others. */
+static void add_stats(struct tb_lane *l, struct tb_engine_stats *out)
 {
-    struct tb_lane *l = e->lane;
     const struct lane_stats *s = &l->stats;
-    memset(out, 0, sizeof(*out));
     for (int i = 0; i <= TB_TASK_SAMPLE; i++)
-        out->tasks_done[i] = atomic_load_explicit(&s->tasks_done[i], memory_order_relaxed);
-    out->train_tokens = atomic_load_explicit(&s->train_tokens, memory_order_relaxed);
-    out->sample_rows = atomic_load_explicit(&s->sample_rows, memory_order_relaxed);
-    out->steps = atomic_load_explicit(&s->steps, memory_order_relaxed);
-    out->busy_us = atomic_load_explicit(&s->busy_us, memory_order_relaxed);
+        out->tasks_done[i] += atomic_load_explicit(&s->tasks_done[i], memory_order_relaxed);
+    out->train_tokens += atomic_load_explicit(&s->train_tokens, memory_order_relaxed);
+    out->sample_rows += atomic_load_explicit(&s->sample_rows, memory_order_relaxed);
+    out->steps += atomic_load_explicit(&s->steps, memory_order_relaxed);
+    out->busy_us += atomic_load_explicit(&s->busy_us, memory_order_relaxed);
     for (int i = 0; i < TB_N_WORKS; i++) {
         const struct lane_work_stats *w = &s->work[i];
-        out->work[i] = (struct tb_work_stats){
-            .waiting = atomic_load_explicit(&w->waiting, memory_order_relaxed),
-            .running = atomic_load_explicit(&w->running, memory_order_relaxed),
-            .begun = atomic_load_explicit(&w->begun, memory_order_relaxed),
-            .wait_us = atomic_load_explicit(&w->wait_us, memory_order_relaxed),
-            .wait_us_max = atomic_load_explicit(&w->wait_us_max, memory_order_relaxed)};
+        struct tb_work_stats *sum = &out->work[i];
+        uint64_t max = atomic_load_explicit(&w->wait_us_max, memory_order_relaxed);
+        sum->waiting += atomic_load_explicit(&w->waiting, memory_order_relaxed);
+        sum->running += atomic_load_explicit(&w->running, memory_order_relaxed);
+        sum->begun += atomic_load_explicit(&w->begun, memory_order_relaxed);
+        sum->wait_us += atomic_load_explicit(&w->wait_us, memory_order_relaxed);
+        sum->wait_us_max = TB_MAX(sum->wait_us_max, max);
     }
+    out->kv.n_free += atomic_load_explicit(&s->kv_free, memory_order_relaxed);
+    out->kv.n_cached += atomic_load_explicit(&s->kv_cached, memory_order_relaxed);
+    out->kv.n_preempted += atomic_load_explicit(&s->kv_preempted, memory_order_relaxed);
+    out->kv.n_lookup_tokens += atomic_load_explicit(&s->lookup_tokens, memory_order_relaxed);
+    out->kv.n_hit_tokens += atomic_load_explicit(&s->hit_tokens, memory_order_relaxed);
+    uv_mutex_lock(&l->memory_lock);
+    const struct tb_memory_stats m = l->memory;
+    uv_mutex_unlock(&l->memory_lock);
+    struct tb_memory_stats *sum = &out->memory;
+    sum->limit += m.limit;
+    sum->used += m.used;
+    sum->weights += m.weights;
+    sum->adapters += m.adapters;
+    sum->versions += m.versions;
+    sum->kv += m.kv;
+    sum->workspaces += m.workspaces;
+    sum->n_adapters += m.n_adapters;
+    sum->n_versions += m.n_versions;
+    sum->adapters_out += m.adapters_out;
+    sum->versions_out += m.versions_out;
+    sum->page_ins += m.page_ins;
+    sum->page_outs += m.page_outs;
+}
+
+void tb_engine_stats(const struct tb_engine *e, struct tb_engine_stats *out)
+{
+    memset(out, 0, sizeof(*out));
+    for (int i = 0; i < e->n_lanes; i++)
+        add_stats(e->lanes[i], out);
     for (int m = 0; m < e->n_models; m++)
         out->kv.n_pages += (uint64_t)tb_engine_model_info(e, m)->kv_pages_total;
-    out->kv.n_free = atomic_load_explicit(&s->kv_free, memory_order_relaxed);
-    out->kv.n_cached = atomic_load_explicit(&s->kv_cached, memory_order_relaxed);
-    out->kv.n_preempted = atomic_load_explicit(&s->kv_preempted, memory_order_relaxed);
-    out->kv.n_lookup_tokens = atomic_load_explicit(&s->lookup_tokens, memory_order_relaxed);
-    out->kv.n_hit_tokens = atomic_load_explicit(&s->hit_tokens, memory_order_relaxed);
-    uv_mutex_lock(&l->memory_lock);
-    out->memory = l->memory;
-    uv_mutex_unlock(&l->memory_lock);
 }

@@ -1,8 +1,9 @@
 /*
- * Engine: lanes that own base models and everything computed on them. A lane is an actor: a mailbox
- * of tasks and at most one uv_work_t in flight, whose work function drains the mailbox, plans steps
- * across tenants (a packed training pass, a sampling step, in turn), runs them, and posts each
- * finished task to a list; uv_async wakes the loop, which calls the tasks' callbacks.
+ * Engine: lanes, one a device, that own base models and everything computed on them. A lane is an
+ * actor: a mailbox of tasks and at most one uv_work_t in flight, whose work function drains the
+ * mailbox, plans steps across tenants (a packed training pass, a sampling step, in turn), runs
+ * them, and posts each finished task to a list; uv_async wakes the loop, which calls the tasks'
+ * callbacks.
  *
  * A task is a small struct that core/ makes for an op (or a part of one: saving is export, then the
  * store writes). Adapters, published versions and custom losses are named by ids that core/
@@ -87,8 +88,10 @@ struct tb_engine_options {
     int n_models;
     const char *backend, *dtype; /* as on the command line */
     int n_threads, max_rank, max_context;
-    uint64_t memory;        /* 0 = what the machine has */
+    uint64_t memory;        /* of each device; 0 = what it has */
     const char *paging_dir; /* where idle adapters go when memory is short; NULL: they stay */
+    const int *devices;     /* GPUs to use; model i goes to the (i mod n)-th. None given: one */
+    int n_devices;
 };
 
 /* Loads the models (blocking: at start only) on `loop`'s thread. */

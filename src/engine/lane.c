@@ -98,6 +98,7 @@ void lane_note_memory(struct tb_lane *l)
     struct tb_memory_stats s = {.limit = l->be->mem_limit, .used = l->be->mem_used};
     struct tb_pager_stats p = {0};
     for (int i = 0; i < l->n_models; i++) {
+        if (!l->models[i]) continue;
         struct tb_model_usage u = tb_model_usage(l->models[i]);
         s.weights += u.weights;
         s.adapters += u.adapters;

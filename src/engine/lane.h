@@ -59,8 +59,8 @@ struct lane_stats {
 struct tb_lane {
     uv_loop_t *loop;
     struct tb_backend *be;
-    struct tb_pager *pager; /* or NULL */
-    struct tb_model **models;
+    struct tb_pager *pager;   /* or NULL */
+    struct tb_model **models; /* [n_models] of the engine; NULL: on another lane */
     int n_models;
 
     /* loop */

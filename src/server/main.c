@@ -11,6 +11,7 @@
 #include "server/options.h"
 #include "tinkerbell.h"
 #include "util/log.h"
+#include "util/mem.h"
 
 #define DRAIN_GRACE_MS 10000
 #define EXIT_USAGE     2
@@ -78,7 +79,7 @@ static int serve(struct tb_cli *cli)
     char pool[16];
     int port;
 
-    snprintf(pool, sizeof(pool), "%d", TB_POOL_THREADS + 2);
+    snprintf(pool, sizeof(pool), "%d", TB_POOL_THREADS + 1 + TB_MAX(cli->options.n_devices, 1));
     setenv("UV_THREADPOOL_SIZE", pool, 0);
     signal(SIGPIPE, SIG_IGN);
     raise_file_limit();

@@ -207,6 +207,28 @@ static int set_dtype(struct tb_cli *c, const char *name, const char *text, struc
     return parse_choice(name, text, choices, &c->options.dtype, err);
 }
 
+/* N,N,...: each once */
+static int set_devices(struct tb_cli *c, const char *name, const char *text, struct tb_error *err)
+{
+    tb_options_t *o = &c->options;
+    o->n_devices = 0;
+    for (const char *at = text;; at++) {
+        char *end;
+        long n = isdigit((unsigned char)*at) ? strtol(at, &end, 10) : -1;
+        if (n < 0 || n >= 1024 || (*end && *end != ','))
+            return tb_error_set(err, TB_EINVAL, "%s %s: expected numbers of GPUs, as in 0,1", name,
+                                text);
+        for (int i = 0; i < o->n_devices; i++)
+            if (o->devices[i] == n)
+                return tb_error_set(err, TB_EINVAL, "%s %s: %ld is given twice", name, text, n);
+        if (o->n_devices == TB_MAX_DEVICES)
+            return tb_error_set(err, TB_EINVAL, "%s %s: at most %d", name, text, TB_MAX_DEVICES);
+        o->devices[o->n_devices++] = (int)n;
+        at = end;
+        if (!*at) return 0;
+    }
+}
+
 static int set_threads(struct tb_cli *c, const char *name, const char *text, struct tb_error *err)
 {
     return parse_int(name, text, 1, 1024, &c->options.n_threads, err);
@@ -307,10 +329,12 @@ static const struct option_row {
     {"--dtype", "auto|bf16|f32", set_dtype,
      "type of weights and products (default auto: bf16 where the CPU has AVX-512 BF16,\n"
      "else f32)"},
+    {"--devices", "N[,N...]", set_devices,
+     "GPUs to use, by CUDA's numbers; models go to them in turn (default: the first)"},
     {"--threads", "N", set_threads, "computing threads (default: all cores)"},
     {"--memory", "BYTES", set_memory,
-     "memory to stay within, as 12G; idle adapters go to files when it is short (default: nine "
-     "tenths of what is there)"},
+     "memory to stay within, on each GPU where there are, as 12G; idle adapters go to files when\n"
+     "it is short (default: nine tenths of what is there)"},
     {"--max-rank", "N", set_max_rank, "largest LoRA rank (default 256)"},
     {"--max-context", "N", set_max_context, "longest sequence (default: the model's own)"},
     {"--max-body", "BYTES", set_max_body, "largest request body (default 256M)"},

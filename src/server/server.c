@@ -118,11 +118,16 @@ static int create_engine(tb_server_t *s, const tb_options_t *o, struct tb_error 
                 return tb_error_set(err, TB_EINVAL, "model name %s is given twice", models[i].name);
         }
     }
+    if (o->n_devices < 0 || o->n_devices > TB_MAX_DEVICES)
+        return tb_error_set(err, TB_EINVAL, "%d devices given; at most %d can be used",
+                            o->n_devices, TB_MAX_DEVICES);
     struct tb_engine_options eo = {.models = models,
                                    .n_models = o->n_models,
                                    .backend = o->backend,
                                    .dtype = o->dtype,
                                    .n_threads = o->n_threads,
+                                   .devices = o->devices,
+                                   .n_devices = o->n_devices,
                                    .max_rank = o->max_rank,
                                    .max_context = o->max_context,
                                    .memory = o->memory,

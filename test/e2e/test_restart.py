@@ -158,6 +158,8 @@ def test_kill_while_saving(start, tmp_path):
     (["serve"], "--model"), (["serve", "--model", "x"], "NAME=DIR"), (["serve", "--model", "x=/no/such/folder"], "/no/such"),
     (["serve", "--no-such-option"], "--no-such-option"), (["serve", "--model", "x=/tmp", "--listen", "nowhere"], "HOST:PORT"),
     (["serve", "--model", "x=/tmp", "--dtype", "f8"], "--dtype"),
+    (["serve", "--model", "x=/tmp", "--devices", "0,"], "--devices"), (["serve", "--model", "x=/tmp", "--devices", "1,1"], "twice"),
+    (["serve", "--model", "x=/tmp", "--devices", "0", "--backend", "cpu"], "--devices"),
     (["serve", "--model", "x=/tmp", "--api-key", "secret"], "tml-"), (["dance"], "dance"),
 ])
 def test_bad_command_lines(args, word, tmp_path):
