@@ -270,24 +270,6 @@ static void add_term(const struct product *p, const struct tb_lora_term *t, int 
     }
 }
 
-/* The factors B of a panel that the terms will need, on their way from memory while the base
- * product runs: for few rows, where each may have an adapter of its own. */
-static void fetch_terms(const struct product *p, int row, int n, int col, int cols)
-{
-    for (int i = 0; i < p->n_terms; i++) {
-        const struct tb_lora_term *t = p->terms + i;
-        int c0 = imax(col, t->col), c1 = imin(col + cols, t->col + t->n_out);
-        for (int k = 0; k < t->n_spans && c0 < c1; k++) {
-            const struct tb_lora_span *s = t->spans + k;
-            if (s->row + s->n <= row || s->row >= row + n || (k && s->mat == s[-1].mat)) continue;
-            size_t line = (size_t)s->mat->rank * sizeof(act_t);
-            const char *b = (const char *)s->mat->b + (size_t)(c0 - t->col) * line;
-            for (size_t at = 0; at < (size_t)(c1 - c0) * line; at += 64)
-                _mm_prefetch(b + at, _MM_HINT_T1);
-        }
-    }
-}
-
 /* The terms' parts in a panel of rows [row, row + n). */
 static void add_terms(const struct product *p, int row, int n, int panel, int thread)
 {
@@ -306,8 +288,7 @@ static void product_panel(const struct product *p, int row, int n, int panel, in
     int kw = words(p->n_k);
     float edge[ROWS_CHUNK * NW], bias[NW] = {0};
     float *y = p->y + (size_t)row * p->ldy + (size_t)col;
-    bool partial = cols < NW, few = n <= FEW_ROWS;
-    if (p->n_terms && few) fetch_terms(p, row, n, col, cols);
+    bool partial = cols < NW;
     if (p->bias) memcpy(bias, p->bias + col, (size_t)cols * sizeof(float));
     struct mk m = {.lda = p->ldx, .ldb = NW, .c = y, .ldc = p->ldy, .bias = bias, .scale = 1.0f};
     m.init = p->accumulate ? MK_ADD : p->bias ? MK_BIAS : MK_ZERO;
@@ -337,7 +318,7 @@ static void product_panel(const struct product *p, int row, int n, int panel, in
     }
     for (int r = 0; partial && r < n; r++)
         memcpy(y + (size_t)r * p->ldy, edge + r * NW, (size_t)cols * sizeof(float));
-    add_terms(p, row, n, panel, thread);
+    if (p->T > FEW_ROWS) add_terms(p, row, n, panel, thread);
 }
 
 static void product_task(void *arg, int task, int thread)
@@ -347,6 +328,63 @@ static void product_task(void *arg, int task, int thread)
     int n = imin(p->rows, p->T - row), end = imin(first + p->panels_each, p->n_panels);
     for (int panel = first; panel < end; panel++)
         product_panel(p, row, n, panel, thread);
+}
+
+/* ---- the terms of few rows: each adapter's B is one stretch of memory then, read from end to end
+ */
+
+#define TERM_COLS (16 * NW)
+
+struct term_run { /* neighbouring rows of one module */
+    const struct tb_lora_term *term;
+    int row, n, first_task;
+};
+
+struct term_pass {
+    const struct product *p;
+    struct term_run *runs;
+    int n_runs, n_tasks;
+};
+
+static void term_task(void *arg, int task, int thread)
+{
+    const struct term_pass *all = arg;
+    int lo = 0, hi = all->n_runs - 1;
+    while (lo < hi) { /* the last run that begins at or before the task */
+        int mid = (lo + hi + 1) / 2;
+        if (all->runs[mid].first_task <= task)
+            lo = mid;
+        else
+            hi = mid - 1;
+    }
+    const struct term_run *r = &all->runs[lo];
+    int c = (task - r->first_task) * TERM_COLS, end = imin(c + TERM_COLS, r->term->n_out);
+    for (; c < end; c += NW)
+        add_term(all->p, r->term, r->row, r->n, r->term->col + c, r->term->col + imin(c + NW, end),
+                 thread);
+}
+
+static void add_terms_of_few(const struct product *p)
+{
+    struct term_pass all = {.p = p};
+    int n = 0;
+    for (int i = 0; i < p->n_terms; i++)
+        n += p->terms[i].n_spans;
+    all.runs = tb_scratch_get(&p->cpu->shared[1], (size_t)n * sizeof(*all.runs));
+    for (int i = 0; i < p->n_terms; i++) {
+        const struct tb_lora_term *t = p->terms + i;
+        for (int k = 0; k < t->n_spans; k++) {
+            const struct tb_lora_span *s = t->spans + k;
+            struct term_run *last = k ? &all.runs[all.n_runs - 1] : NULL;
+            if (last && s[-1].mat == s->mat && last->row + last->n == s->row) {
+                last->n += s->n;
+                continue;
+            }
+            all.runs[all.n_runs++] = (struct term_run){t, s->row, s->n, all.n_tasks};
+            all.n_tasks += (t->n_out + TERM_COLS - 1) / TERM_COLS;
+        }
+    }
+    tb_team_run(p->cpu->team, term_task, &all, all.n_tasks);
 }
 
 /* Rows whose length is no whole number of words, copied with zeros behind. */
@@ -377,6 +415,7 @@ static void product(struct tb_backend *be, struct product *p)
     p->panels_each = imax(1, imin(4, p->n_panels * chunks / (8 * be->n_threads)));
     p->panel_tasks = (p->n_panels + p->panels_each - 1) / p->panels_each;
     tb_team_run(c->team, product_task, p, chunks * p->panel_tasks);
+    if (p->n_terms && p->T <= FEW_ROWS) add_terms_of_few(p);
 }
 
 static void matmul_lora(struct tb_backend *be, const struct tb_weight *w, const void *x, int T,
