@@ -39,7 +39,6 @@ struct tb_api {
     struct tb_llm_models *llm; /* what the faces for text know of the models */
     struct tb_map downloads;   /* token → struct tb_download (download.c) */
     struct tb_list downloads_by_age;
-    size_t n_downloads;
     unsigned pending; /* jobs in the pool and callbacks we wait for */
     bool closing;
     void (*close_cb)(void *arg);

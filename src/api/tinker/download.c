@@ -11,7 +11,12 @@
 #include "util/clock.h"
 #include "util/mem.h"
 
-enum { TOKEN_LEN = 40, LIFE_MS = 3600 * 1000, REUSE_MS = LIFE_MS / 2, MAX_DOWNLOADS = 4096 };
+enum {
+    TOKEN_LEN = 40,
+    LIFE_MS = 3600 * 1000,
+    REUSE_MS = LIFE_MS / 2,
+    MAX_DOWNLOADS = 4096 /* of a tenant */
+};
 
 static const char *const FILES[] = {"adapter_config.json", "adapter_model.safetensors"};
 #define ARCHIVE "archive.tar"
@@ -21,6 +26,7 @@ struct tb_download {
     uint64_t until_ms;
     int64_t until_us; /* the same moment on the wall */
     char token[TOKEN_LEN + 1];
+    const struct tb_tenant *who;
     char *path; /* tinker://… */
 };
 
@@ -28,7 +34,6 @@ static void drop(struct tb_api *a, struct tb_download *d)
 {
     tb_map_del(&a->downloads, d->token, TOKEN_LEN);
     tb_list_del(&d->node);
-    a->n_downloads--;
     tb_free(d->path);
     tb_free(d);
 }
@@ -49,24 +54,29 @@ void tb_tinker_downloads_fini(struct tb_api *a)
 }
 
 /* A token of that path which lives long enough, else a new one; expired and surplus ones go. */
-static struct tb_download *token_for(struct tb_api *a, const char *path)
+static struct tb_download *token_for(struct tb_api *a, const struct tb_tenant *who,
+                                     const char *path)
 {
     uint64_t now = tb_clock_ms();
-    struct tb_download *d;
-    while ((d = oldest(a)) && (d->until_ms <= now || a->n_downloads >= MAX_DOWNLOADS))
+    struct tb_download *d, *own = NULL; /* the oldest of who's */
+    size_t n_own = 0;
+    while ((d = oldest(a)) && d->until_ms <= now)
         drop(a, d);
     TB_LIST_FOREACH (it, &a->downloads_by_age) {
         d = TB_LIST_ENTRY(it, struct tb_download, node);
+        if (d->who != who) continue;
         if (d->until_ms > now + REUSE_MS && strcmp(d->path, path) == 0) return d;
+        if (n_own++ == 0) own = d;
     }
+    if (n_own >= MAX_DOWNLOADS) drop(a, own);
     d = tb_calloc(1, sizeof(*d));
+    d->who = who;
     d->until_ms = now + LIFE_MS;
     d->until_us = tb_clock_wall_us() + (int64_t)LIFE_MS * 1000;
     d->path = tb_strdup(path);
     tb_random_id(d->token, TOKEN_LEN);
     tb_list_push(&a->downloads_by_age, &d->node);
     tb_map_put(&a->downloads, d->token, TOKEN_LEN, d);
-    a->n_downloads++;
     return d;
 }
 
@@ -81,7 +91,7 @@ static void on_ckpt(void *arg, const struct tb_error *err, const struct tb_ckpt_
     struct tb_buf b;
     struct tb_json_out j;
     char expires[TB_TIME_TEXT], url[2048];
-    const struct tb_download *d = token_for(a, row->path);
+    const struct tb_download *d = token_for(a, tb_api_who(req), row->path);
     const char *base = tb_api_base_url(a, req);
     tb_clock_format(d->until_us, expires);
     tb_api_answer_begin(&b, &j);
@@ -118,7 +128,7 @@ static void on_archive_ckpt(void *arg, const struct tb_error *err, const struct 
     struct tb_buf b;
     struct tb_json_out j;
     char expires[TB_TIME_TEXT], date[TB_TIME_TEXT], url[2048];
-    const struct tb_download *d = token_for(a, row->path);
+    const struct tb_download *d = token_for(a, tb_api_who(req), row->path);
     snprintf(url, sizeof(url), "%s/api/v1/downloads/%s/" ARCHIVE, tb_api_base_url(a, req),
              d->token);
     tb_clock_format(d->until_us, expires);

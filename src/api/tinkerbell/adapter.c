@@ -17,6 +17,7 @@ struct tb_bell_tenant *tb_bell_tenant(struct tb_api *a, struct tb_tenant *who)
     t->who = who;
     tb_map_init(&t->adapters);
     tb_map_init(&t->losses);
+    tb_list_init(&t->over);
     tb_map_put(&a->bell->tenants, name, strlen(name), t);
     return t;
 }
@@ -40,39 +41,42 @@ struct tb_bell_adapter *tb_bell_adapter_find(struct tb_bell_tenant *t, const cha
     return name ? tb_map_get(&t->adapters, name, strlen(name)) : NULL;
 }
 
-void tb_bell_adapter_changed(struct tb_bell_job *j)
+void tb_bell_adapter_changed(struct tb_bell_adapter *ad)
 {
-    struct tb_bell_adapter *ad = j->adapter;
     ad->changes++;
     if (ad->sampler_id)
-        tb_core_end_sampling_session(tb_api_core(j->a), j->tenant->who, ad->sampler_id);
+        tb_core_end_sampling_session(tb_api_core(ad->a), ad->tenant->who, ad->sampler_id);
     tb_free(ad->sampler_id);
     ad->sampler_id = NULL;
 }
 
 void tb_bell_adapter_free(struct tb_bell_adapter *ad)
 {
+    if (ad->creation_id) tb_core_unstream(tb_api_core(ad->a), &ad->creation);
+    tb_free(ad->creation_id);
     tb_free(ad->name);
     tb_free(ad->model_id);
     tb_free(ad->sampler_id);
     tb_free(ad);
 }
 
-struct tb_op *tb_bell_op(struct tb_bell_job *j, enum tb_op_type type)
+struct tb_op *tb_bell_op(struct tb_bell_job *j, struct tb_op *op)
 {
-    struct tb_op *op = tb_op_create(type);
     op->model_id = tb_arena_strdup(&op->arena, j->adapter->model_id);
     op->seq_id = j->adapter->next_seq++;
     return op;
 }
 
-static void forget(struct tb_bell_job *j)
+/* Its name is free again. */
+static void forget(struct tb_bell_adapter *ad)
 {
-    struct tb_bell_adapter *ad = j->adapter;
-    tb_bell_adapter_changed(j);
-    tb_map_del(&j->tenant->adapters, ad->name, strlen(ad->name));
+    struct tb_bell_job *adder = ad->adder;
+    struct tb_error e = {0};
+    tb_bell_adapter_changed(ad);
+    tb_map_del(&ad->tenant->adapters, ad->name, strlen(ad->name));
+    if (adder) tb_error_set(&e, TB_EGONE, "%s was removed meanwhile", ad->name);
     tb_bell_adapter_free(ad);
-    j->adapter = NULL;
+    if (adder) tb_bell_fail(adder, &e);
 }
 
 /* ---- creation */
@@ -93,6 +97,8 @@ static int session(struct tb_bell_job *j, struct tb_error *e)
 static struct tb_bell_adapter *adapter_new(struct tb_bell_job *j, const char *name)
 {
     struct tb_bell_adapter *ad = tb_calloc(1, sizeof(*ad));
+    ad->a = j->a;
+    ad->tenant = j->tenant;
     ad->name = tb_strdup(name);
     ad->base = tb_bell_base(j->a, name);
     ad->next_seq = 1;
@@ -101,7 +107,34 @@ static struct tb_bell_adapter *adapter_new(struct tb_bell_job *j, const char *na
     return ad;
 }
 
-/* The creation's own future is nobody's: what follows is queued behind it, and fails with it. */
+static void after_add(struct tb_bell_job *j, const char *name)
+{
+    struct tb_json_out o = tb_bell_result(j);
+    tb_jout_str(&o, "model_id", name);
+    tb_jout_object_end(&o);
+    tb_bell_done(j);
+}
+
+/* What was queued behind a creation that fails has failed with it. */
+static void on_created(struct tb_core_stream *s, enum tb_future_state state, const struct tb_op *op)
+{
+    struct tb_bell_adapter *ad = s->arg;
+    struct tb_bell_job *adder = ad->adder;
+    struct tb_error e = {0};
+    if (state == TB_FUTURE_FAILED) e = op->error;
+    tb_core_delivered(tb_api_core(ad->a), ad->creation_id, strlen(ad->creation_id));
+    tb_free(ad->creation_id);
+    ad->creation_id = NULL;
+    ad->adder = NULL;
+    if (state == TB_FUTURE_DONE) {
+        if (adder) after_add(adder, ad->name);
+        return;
+    }
+    if (!e.code) tb_error_set(&e, TB_EGONE, "the server gave the creation up");
+    forget(ad);
+    if (adder) tb_bell_fail(adder, &e);
+}
+
 static int submit_creation(struct tb_bell_job *j, struct tb_bell_adapter *ad, struct tb_error *e)
 {
     struct tb_ticket ticket;
@@ -115,31 +148,38 @@ static int submit_creation(struct tb_bell_job *j, struct tb_bell_adapter *ad, st
         .lora = j->lora,
         .optimizer = "adamw"};
     rc = tb_core_submit(tb_api_core(j->a), j->tenant->who, op, &ticket, e);
-    if (rc == 0) ad->model_id = tb_strdup(ticket.model_id);
-    return rc;
+    if (rc) return rc;
+    ad->model_id = tb_strdup(ticket.model_id);
+    ad->creation_id = tb_strdup(ticket.request_id);
+    ad->creation = (struct tb_core_stream){.end = on_created, .arg = ad};
+    return 0;
 }
 
+/* A new adapter's creation is watched after what follows it was submitted. */
 void tb_bell_with_adapter(struct tb_bell_job *j, const char *name,
                           void (*then)(struct tb_bell_job *j))
 {
     struct tb_error e = {0};
+    int rc = 0;
     j->adapter = tb_bell_adapter_find(j->tenant, name);
-    if (!j->adapter) {
-        int rc = 0;
-        if (j->tenant->adapters.n >= TB_BELL_ADAPTERS)
-            rc = tb_error_set(&e, TB_EBUSY, "there are %d adapters already; remove one",
-                              TB_BELL_ADAPTERS);
-        if (rc == 0) {
-            j->adapter = adapter_new(j, name);
-            rc = submit_creation(j, j->adapter, &e);
-            if (rc) forget(j);
-        }
-        if (rc) {
-            tb_bell_fail(j, &e);
-            return;
-        }
+    if (j->adapter) {
+        then(j);
+        return;
     }
+    if (j->tenant->adapters.n >= TB_BELL_ADAPTERS)
+        rc = tb_error_set(&e, TB_EBUSY, "there are %d adapters already; remove one",
+                          TB_BELL_ADAPTERS);
+    struct tb_bell_adapter *ad = rc ? NULL : adapter_new(j, name);
+    if (ad && (rc = submit_creation(j, ad, &e))) forget(ad);
+    if (rc) {
+        tb_bell_fail(j, &e);
+        return;
+    }
+    struct tb_tenant *who = j->tenant->who;
+    j->adapter = ad;
     then(j);
+    tb_core_stream(tb_api_core(ad->a), who, ad->creation_id, strlen(ad->creation_id),
+                   &ad->creation);
 }
 
 /* ---- add_lora, remove_lora */
@@ -165,12 +205,9 @@ static int prepare_add(struct tb_bell_job *j, const struct tb_json *root, struct
     return rc ? rc : tb_bell_lora(j, root, err);
 }
 
-static void after_add(struct tb_bell_job *j)
+static void wait_for_creation(struct tb_bell_job *j)
 {
-    struct tb_json_out o = tb_bell_result(j);
-    tb_jout_str(&o, "model_id", j->adapter->name);
-    tb_jout_object_end(&o);
-    tb_bell_done(j);
+    j->adapter->adder = j;
 }
 
 static void start_add(struct tb_bell_job *j)
@@ -178,7 +215,7 @@ static void start_add(struct tb_bell_job *j)
     char name[TB_MAX_ID + 32];
     snprintf(name, sizeof(name), "%s" TB_BELL_LORA "%08x", j->base_model ? j->base_model : "base",
              (unsigned)tb_random_u64());
-    tb_bell_with_adapter(j, name, after_add);
+    tb_bell_with_adapter(j, name, wait_for_creation);
 }
 
 const struct tb_bell_kind tb_bell_add_lora = {"Add LoRA", prepare_add, start_add};
@@ -214,9 +251,8 @@ static void start_remove(struct tb_bell_job *j)
         say(j, "deleted", NULL);
         return;
     }
-    struct tb_op *op = tb_bell_op(j, TB_OP_UNLOAD_MODEL);
-    forget(j);
-    tb_bell_run(j, op, removed);
+    struct tb_bell_adapter *ad = j->adapter;
+    if (tb_bell_run(j, tb_bell_op(j, tb_op_create(TB_OP_UNLOAD_MODEL)), removed)) forget(ad);
 }
 
 const struct tb_bell_kind tb_bell_remove_lora = {"Remove LoRA", tb_bell_named, start_remove};
@@ -246,7 +282,7 @@ static void saved(struct tb_bell_job *j, const struct tb_op *op)
 
 static void save(struct tb_bell_job *j, enum tb_op_type type)
 {
-    struct tb_op *op = tb_bell_op(j, type);
+    struct tb_op *op = tb_bell_op(j, tb_op_create(type));
     op->u.save_weights = (struct tb_save_weights){
         .name = tb_arena_strdup(&op->arena, name_of(j->path)), .overwrite = true};
     op->u.save_weights.sampling_session_seq_id = -1;
@@ -280,7 +316,8 @@ static void loaded(struct tb_bell_job *j, const struct tb_op *op)
 
 static void load(struct tb_bell_job *j)
 {
-    struct tb_op *op = tb_bell_op(j, TB_OP_LOAD_WEIGHTS);
+    struct tb_bell_adapter *ad = j->adapter;
+    struct tb_op *op = tb_bell_op(j, tb_op_create(TB_OP_LOAD_WEIGHTS));
     struct tb_load_weights *l = &op->u.load_weights;
     l->optimizer = true;
     if (j->path && strncmp(j->path, TB_LLM_CHECKPOINT, strlen(TB_LLM_CHECKPOINT)) == 0)
@@ -288,9 +325,9 @@ static void load(struct tb_bell_job *j)
     else
         l->path = tb_arena_printf(&op->arena, TB_LLM_CHECKPOINT "%s/weights/%s",
                                   j->adapter->model_id, name_of(j->path));
-    tb_bell_adapter_changed(j);
-    j->adapter->has_gradients = false;
-    tb_bell_run(j, op, loaded);
+    if (!tb_bell_run(j, op, loaded)) return;
+    tb_bell_adapter_changed(ad);
+    ad->has_gradients = false;
 }
 
 static void start_load(struct tb_bell_job *j)

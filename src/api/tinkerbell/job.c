@@ -46,10 +46,17 @@ static void answer_result(struct tb_http_request *req, const struct tb_bell_job 
 
 /* ---- life */
 
+static void drop_made(struct tb_bell_job *j)
+{
+    while (!tb_list_empty(&j->made))
+        tb_op_destroy(tb_bell_take(j));
+}
+
 static void destroy(struct tb_bell_job *j)
 {
     tb_list_del(&j->node);
     tb_map_del(&j->a->bell->jobs, j->id, strlen(j->id));
+    drop_made(j);
     tb_free(j->request_id);
     tb_buf_fini(&j->result);
     tb_arena_fini(&j->arena);
@@ -65,13 +72,14 @@ static void on_abort(struct tb_http_request *req)
 
 static void over(struct tb_bell_job *j)
 {
-    struct tb_bell *b = j->a->bell;
+    struct tb_bell_tenant *t = j->tenant;
     struct tb_http_request *req = j->req;
     j->over = true;
+    drop_made(j);
     tb_arena_fini(&j->arena);
-    tb_list_push(&b->over, &j->node);
-    b->n_over++;
-    b->over_bytes += j->result.n;
+    tb_list_push(&t->over, &j->node);
+    t->n_over++;
+    t->over_bytes += j->result.n;
     if (req) {
         j->req = NULL;
         req->on_abort = NULL;
@@ -80,10 +88,10 @@ static void over(struct tb_bell_job *j)
         else
             answer_result(req, j);
     }
-    while (b->n_over > TB_BELL_JOBS || (b->over_bytes > TB_BELL_RESULTS && b->n_over > 1)) {
-        struct tb_bell_job *oldest = TB_LIST_ENTRY(b->over.next, struct tb_bell_job, node);
-        b->n_over--;
-        b->over_bytes -= oldest->result.n;
+    while (t->n_over > TB_BELL_JOBS || (t->over_bytes > TB_BELL_RESULTS && t->n_over > 1)) {
+        struct tb_bell_job *oldest = TB_LIST_ENTRY(t->over.next, struct tb_bell_job, node);
+        t->n_over--;
+        t->over_bytes -= oldest->result.n;
         destroy(oldest);
     }
 }
@@ -108,7 +116,56 @@ void tb_bell_fail(struct tb_bell_job *j, const struct tb_error *e)
     over(j);
 }
 
+/* ---- work */
+
+void *tb_bell_room(struct tb_arena *a, size_t n, size_t size, struct tb_error *err)
+{
+    void *p = tb_arena_try_array(a, n + 1, size);
+    if (p)
+        memset(p, 0, (n + 1) * size);
+    else
+        tb_error_set(err, TB_ENOMEM, "no memory for %zu values", n);
+    return p;
+}
+
+static void on_work(uv_work_t *w)
+{
+    struct tb_bell_job *j = TB_CONTAINER_OF(w, struct tb_bell_job, work);
+    j->in_pool(j);
+}
+
+static void on_worked(uv_work_t *w, int status)
+{
+    struct tb_bell_job *j = TB_CONTAINER_OF(w, struct tb_bell_job, work);
+    struct tb_api *a = j->a;
+    if (status) tb_error_set(&j->err, TB_ECANCELED, "the server is stopping");
+    j->then(j);
+    tb_api_work_end(a);
+}
+
+void tb_bell_work(struct tb_bell_job *j, void (*work)(struct tb_bell_job *j),
+                  void (*then)(struct tb_bell_job *j))
+{
+    j->in_pool = work;
+    j->then = then;
+    tb_api_work_begin(j->a);
+    int rc = uv_queue_work(j->a->loop, &j->work, on_work, on_worked);
+    if (rc) on_worked(&j->work, rc);
+}
+
 /* ---- ops */
+
+struct tb_op *tb_bell_make(struct tb_bell_job *j, enum tb_op_type type)
+{
+    struct tb_op *op = tb_op_create(type);
+    tb_list_push(&j->made, &op->node);
+    return op;
+}
+
+struct tb_op *tb_bell_take(struct tb_bell_job *j)
+{
+    return TB_LIST_ENTRY(tb_list_pop(&j->made), struct tb_op, node);
+}
 
 static void on_op(struct tb_core_stream *s, enum tb_future_state state, const struct tb_op *op)
 {
@@ -127,7 +184,7 @@ static void on_op(struct tb_core_stream *s, enum tb_future_state state, const st
     tb_free(id);
 }
 
-void tb_bell_run(struct tb_bell_job *j, struct tb_op *op,
+bool tb_bell_run(struct tb_bell_job *j, struct tb_op *op,
                  void (*step)(struct tb_bell_job *j, const struct tb_op *op))
 {
     struct tb_core *core = tb_api_core(j->a);
@@ -141,11 +198,12 @@ void tb_bell_run(struct tb_bell_job *j, struct tb_op *op,
         /* nobody has taken the number, so it must not be left out */
         if (j->adapter && j->adapter->next_seq == seq + 1) j->adapter->next_seq = seq;
         tb_bell_fail(j, &e);
-        return;
+        return false;
     }
     j->request_id = tb_strdup(t.request_id);
     j->stream = (struct tb_core_stream){.end = on_op, .arg = j};
     tb_core_stream(core, who, j->request_id, strlen(j->request_id), &j->stream);
+    return true;
 }
 
 /* ---- the body */
@@ -190,7 +248,6 @@ static void on_prepared(uv_work_t *w, int status)
     if (j->err.code == TB_EPARSE || status) { /* no job at all */
         struct tb_http_request *req = j->req;
         struct tb_error e = j->err;
-        tb_list_push(&a->bell->over, &j->node);
         destroy(j);
         tb_bell_error(req, &e);
     } else {
@@ -228,6 +285,7 @@ void tb_bell_begin(struct tb_api *a, struct tb_http_request *req, const struct t
                                       .train_mlp = true,
                                       .train_unembed = true};
     tb_list_init(&j->node);
+    tb_list_init(&j->made);
     tb_arena_init(&j->arena);
     tb_buf_init(&j->result, TB_API_MAX_ANSWER);
     do {
@@ -285,7 +343,6 @@ void tb_bell_create(struct tb_api *a)
     a->bell = tb_calloc(1, sizeof(*a->bell));
     tb_map_init(&a->bell->tenants);
     tb_map_init(&a->bell->jobs);
-    tb_list_init(&a->bell->over);
 }
 
 void tb_bell_destroy(struct tb_bell *b)

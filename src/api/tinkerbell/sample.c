@@ -41,10 +41,11 @@ static int encode(struct tb_bell_job *j, const struct sample *s, struct tb_span 
     tb_ids_init(&ids);
     rc = tb_chat_render(tb_llm_model_renderer(s->base), m->text, &user, 1, true, &ids, err);
     if (rc == 0) {
-        int32_t *tokens = tb_arena_calloc(&j->arena, ids.n + 1, sizeof(*tokens));
-        memcpy(tokens, ids.p, ids.n * sizeof(*tokens));
+        int32_t *tokens = tb_bell_room(&j->arena, ids.n, sizeof(*tokens), err);
+        if (tokens && ids.n) memcpy(tokens, ids.p, ids.n * sizeof(*tokens));
         out->tokens = tokens;
         out->n_tokens = (int32_t)ids.n;
+        if (!tokens) rc = TB_ENOMEM;
     }
     tb_ids_fini(&ids);
     return rc;
@@ -75,6 +76,21 @@ static int prompts(struct tb_bell_job *j, struct sample *s, const struct tb_json
             return rc;
         if ((rc = encode(j, s, tb_span_str(text), &s->parts[i], err))) return rc;
     }
+    return 0;
+}
+
+static int make_op(struct tb_bell_job *j, const struct sample *s, const struct part *p,
+                   struct tb_error *err)
+{
+    struct tb_op *op = tb_bell_make(j, TB_OP_SAMPLE);
+    size_t n = (size_t)p->n_tokens;
+    int32_t *tokens = tb_bell_room(&op->arena, n, sizeof(*tokens), err);
+    if (!tokens) return TB_ENOMEM;
+    if (n) memcpy(tokens, p->tokens, n * sizeof(*tokens));
+    op->u.sample = s->params;
+    op->u.sample.prompt = tokens;
+    op->u.sample.n_prompt = p->n_tokens;
+    op->body_bytes = op->arena.total;
     return 0;
 }
 
@@ -119,7 +135,9 @@ static int prepare(struct tb_bell_job *j, const struct tb_json *root, struct tb_
     q->has_seed = p.v && tb_json_find(&p, "seed", &v);
     q->seed = (uint64_t)seed;
     q->n_samples = n;
-    return 0;
+    for (int i = 0; rc == 0 && i < s->n_parts; i++)
+        rc = make_op(j, s, &s->parts[i], err);
+    return rc;
 }
 
 /* ---- the answer */
@@ -139,8 +157,8 @@ static void put_text(struct tb_json_out *o, const char *key, const struct tb_tok
     tb_buf_fini(&text);
 }
 
-/* All that any of the original's backends answers with. */
-static void answer(struct tb_bell_job *j)
+/* All that any of the original's backends answers with. In the pool. */
+static void put_answer(struct tb_bell_job *j)
 {
     const struct sample *s = j->own;
     const struct tb_tokenizer *t = tb_llm_model_info(s->base)->text;
@@ -166,7 +184,15 @@ static void answer(struct tb_bell_job *j)
     tb_jout_array_end(&o);
     tb_jout_null(&o, "prompt_logprobs");
     tb_jout_object_end(&o);
-    tb_bell_done(j);
+}
+
+static void answer_was_put(struct tb_bell_job *j)
+{
+    struct tb_error e = j->err;
+    if (e.code)
+        tb_bell_fail(j, &e);
+    else
+        tb_bell_done(j);
 }
 
 static void finish(struct tb_bell_job *j)
@@ -179,7 +205,7 @@ static void finish(struct tb_bell_job *j)
             return;
         }
     }
-    answer(j);
+    tb_bell_work(j, put_answer, answer_was_put);
 }
 
 /* ---- the samples */
@@ -188,14 +214,15 @@ static void keep(struct part *p, const struct tb_result *r)
 {
     struct tb_arena *a = &p->j->arena;
     p->n_sequences = r->n_sequences;
-    p->sequences = tb_arena_calloc(a, (size_t)r->n_sequences + 1, sizeof(*p->sequences));
-    for (int32_t i = 0; i < r->n_sequences; i++) {
+    p->sequences = tb_bell_room(a, (size_t)r->n_sequences, sizeof(*p->sequences), &p->err);
+    for (int32_t i = 0; p->sequences && i < r->n_sequences; i++) {
         const struct tb_sequence *from = &r->sequences[i];
         struct tb_sequence *to = &p->sequences[i];
         size_t n = (size_t)from->n;
         *to = (struct tb_sequence){.stopped = from->stopped, .n = from->n};
-        to->tokens = tb_arena_calloc(a, n + 1, sizeof(*to->tokens));
-        to->logprobs = tb_arena_calloc(a, n + 1, sizeof(*to->logprobs));
+        to->tokens = tb_bell_room(a, n, sizeof(*to->tokens), &p->err);
+        to->logprobs = tb_bell_room(a, n, sizeof(*to->logprobs), &p->err);
+        if (!to->tokens || !to->logprobs) return;
         memcpy(to->tokens, from->tokens, n * sizeof(*to->tokens));
         memcpy(to->logprobs, from->logprobs, n * sizeof(*to->logprobs));
     }
@@ -229,15 +256,10 @@ void tb_bell_sample_forget(struct tb_bell_job *j)
     }
 }
 
-static struct tb_op *sample_op(struct tb_bell_job *j, const struct sample *s, const struct part *p)
+/* The next of the ops that prepare made, now that it is known what to sample from. */
+static struct tb_op *sample_op(struct tb_bell_job *j, const struct sample *s)
 {
-    struct tb_op *op = tb_op_create(TB_OP_SAMPLE);
-    op->u.sample = s->params;
-    int32_t *tokens = tb_arena_calloc(&op->arena, (size_t)p->n_tokens + 1, sizeof(*tokens));
-    memcpy(tokens, p->tokens, (size_t)p->n_tokens * sizeof(*tokens));
-    op->u.sample.prompt = tokens;
-    op->u.sample.n_prompt = p->n_tokens;
-    op->body_bytes = op->arena.total;
+    struct tb_op *op = tb_bell_take(j);
     if (j->adapter) {
         op->sampling_session_id = tb_arena_strdup(&op->arena, s->sampler_id);
         op->seq_id = j->adapter->next_sample++;
@@ -256,7 +278,7 @@ static void run(struct tb_bell_job *j)
         struct part *p = &s->parts[i];
         struct tb_ticket t;
         p->j = j;
-        if (tb_core_submit(core, j->tenant->who, sample_op(j, s, p), &t, &p->err)) {
+        if (tb_core_submit(core, j->tenant->who, sample_op(j, s), &t, &p->err)) {
             s->n_running--;
             continue;
         }
@@ -310,7 +332,7 @@ static void start(struct tb_bell_job *j)
         return;
     }
     s->changes = j->adapter->changes;
-    struct tb_op *op = tb_bell_op(j, TB_OP_SAVE_WEIGHTS_FOR_SAMPLER);
+    struct tb_op *op = tb_bell_op(j, tb_op_create(TB_OP_SAVE_WEIGHTS_FOR_SAMPLER));
     op->u.save_weights.sampling_session_seq_id = j->adapter->next_sampler++;
     tb_bell_run(j, op, published);
 }

@@ -20,9 +20,10 @@
 #include "api/llm/llm.h"
 #include "util/list.h"
 
+/* of a tenant */
 #define TB_BELL_JOBS     10000        /* finished ones that are kept */
 #define TB_BELL_RESULTS  (256u << 20) /* bytes of their results */
-#define TB_BELL_ADAPTERS 1024         /* of a tenant */
+#define TB_BELL_ADAPTERS 1024
 #define TB_BELL_LOSSES   256
 
 struct tb_bell_tenant {
@@ -31,9 +32,14 @@ struct tb_bell_tenant {
     int64_t next_model;
     struct tb_map adapters; /* name → tb_bell_adapter */
     struct tb_map losses;   /* names of uploaded losses → (char *) itself */
+    struct tb_list over;    /* jobs that ended, oldest first */
+    size_t n_over, over_bytes;
 };
 
+struct tb_bell_job;
 struct tb_bell_adapter {
+    struct tb_api *a;
+    struct tb_bell_tenant *tenant;
     char *name;
     const struct tb_llm_model *base;
     char *model_id;
@@ -42,16 +48,16 @@ struct tb_bell_adapter {
     uint64_t changes; /* of the weights */
     int32_t rank;
     bool has_gradients; /* of what was submitted */
+    char *creation_id;  /* of the future of its creation, until it is over */
+    struct tb_core_stream creation;
+    struct tb_bell_job *adder; /* add_lora, which waits for that */
 };
 
 struct tb_bell {
     struct tb_map tenants; /* name → tb_bell_tenant */
     struct tb_map jobs;    /* id → tb_bell_job */
-    struct tb_list over;   /* jobs that ended, oldest first */
-    size_t n_over, over_bytes;
 };
 
-struct tb_bell_job;
 /* A kind of job. prepare runs in the pool on the job's arena alone, start and step on the loop. */
 struct tb_bell_kind {
     const char *title; /* "Forward-backward", as errors name it */
@@ -60,7 +66,7 @@ struct tb_bell_kind {
 };
 
 struct tb_bell_job {
-    struct tb_list node; /* tb_bell.over */
+    struct tb_list node; /* of its tenant's that are over */
     struct tb_api *a;
     struct tb_bell_tenant *tenant;
     const struct tb_bell_kind *kind;
@@ -69,6 +75,8 @@ struct tb_bell_job {
     char id[16]; /* "future_" and 8 hex digits */
     struct tb_arena arena;
     uv_work_t work;
+    void (*in_pool)(struct tb_bell_job *j);
+    void (*then)(struct tb_bell_job *j);
     struct tb_span body;
     struct tb_error err;
     bool over;
@@ -79,7 +87,8 @@ struct tb_bell_job {
     const char *model_id; /* name of an adapter, or of a base model */
     const char *base_model, *path, *loss_name;
     struct tb_lora_config lora;
-    void *own; /* the kind's */
+    void *own;           /* the kind's */
+    struct tb_list made; /* ops that prepare made, in the order in which they run */
 
     /* the op that runs */
     struct tb_core_stream stream;
@@ -91,10 +100,18 @@ struct tb_bell_job {
 /* ---- job.c */
 void tb_bell_begin(struct tb_api *a, struct tb_http_request *req, const struct tb_bell_kind *kind,
                    bool sync);
+/* An op for later, at the end of j->made; belongs into prepare, as data are copied. */
+struct tb_op *tb_bell_make(struct tb_bell_job *j, enum tb_op_type type);
+struct tb_op *tb_bell_take(struct tb_bell_job *j); /* the first of these; moves */
 /* Submits op (which moves); step is called with it when it is done, and the job fails when it
- * fails. */
-void tb_bell_run(struct tb_bell_job *j, struct tb_op *op,
+ * fails. False when it was not taken, so nothing of it will happen and the job has failed. */
+bool tb_bell_run(struct tb_bell_job *j, struct tb_op *op,
                  void (*step)(struct tb_bell_job *j, const struct tb_op *op));
+/* Calls work in the pool, then `then` on the loop; j->err is set when the work was not done. */
+void tb_bell_work(struct tb_bell_job *j, void (*work)(struct tb_bell_job *j),
+                  void (*then)(struct tb_bell_job *j));
+/* n zeroed values in the arena; NULL, with err set, when memory is out. */
+void *tb_bell_room(struct tb_arena *a, size_t n, size_t size, struct tb_error *err);
 /* The end; the result is what was written to j->result. */
 void tb_bell_done(struct tb_bell_job *j);
 void tb_bell_fail(struct tb_bell_job *j, const struct tb_error *e);
@@ -116,11 +133,11 @@ struct tb_bell_adapter *tb_bell_adapter_find(struct tb_bell_tenant *t, const cha
 /* Finds j's adapter by name, or submits its creation with j->lora; then calls then, or fails j. */
 void tb_bell_with_adapter(struct tb_bell_job *j, const char *name,
                           void (*then)(struct tb_bell_job *j));
-/* A training or weights op on j's adapter, next in its order. */
-struct tb_op *tb_bell_op(struct tb_bell_job *j, enum tb_op_type type);
+/* Makes op the next in the order of j's adapter; returns it. */
+struct tb_op *tb_bell_op(struct tb_bell_job *j, struct tb_op *op);
 void tb_bell_adapter_free(struct tb_bell_adapter *ad);
-/* What j does to its adapter's weights makes them other than what was published. */
-void tb_bell_adapter_changed(struct tb_bell_job *j);
+/* Its weights become other than what was published. */
+void tb_bell_adapter_changed(struct tb_bell_adapter *ad);
 /* model_id or adapter_id, both for j and for the answer to its submit. */
 int tb_bell_named(struct tb_bell_job *j, const struct tb_json *root, struct tb_error *err);
 extern const struct tb_bell_kind tb_bell_add_lora, tb_bell_remove_lora, tb_bell_load, tb_bell_save,

@@ -26,16 +26,19 @@ struct train {
     bool rewards;
     double loss_sum, kl; /* results */
     struct means means;
-    float **logprobs; /* of the first pass, for the divergence */
+    float **logprobs;         /* of the first pass, for the divergence */
+    const struct tb_op *done; /* held while its result is read */
 };
 
 /* ---- data */
 
+/* One value a token, zero; NULL, with err set, when memory is out. */
 static struct tb_tensor *add_input(struct tb_bell_job *j, struct tb_datum *d, const char *name,
-                                   enum tb_tensor_type type)
+                                   enum tb_tensor_type type, struct tb_error *err)
 {
+    void *p = tb_bell_room(&j->arena, (size_t)d->n_tokens, type == TB_TENSOR_F32 ? 4 : 8, err);
+    if (!p) return NULL;
     struct tb_tensor *t = &d->inputs[d->n_inputs++];
-    void *p = tb_arena_calloc(&j->arena, (size_t)d->n_tokens + 1, type == TB_TENSOR_F32 ? 4 : 8);
     *t = (struct tb_tensor){.name = name, .type = type, .n_dims = 1, .n = d->n_tokens};
     t->shape[0] = d->n_tokens;
     if (type == TB_TENSOR_F32)
@@ -45,11 +48,13 @@ static struct tb_tensor *add_input(struct tb_bell_job *j, struct tb_datum *d, co
     return t;
 }
 
-static void fill(const struct tb_tensor *t, float value)
+static int add_weights(struct tb_bell_job *j, struct tb_datum *d, float value, struct tb_error *err)
 {
-    float *p = (float *)(uintptr_t)t->data.f32;
-    for (int64_t i = 0; i < t->n; i++)
+    const struct tb_tensor *t = add_input(j, d, "weights", TB_TENSOR_F32, err);
+    float *p = t ? (float *)(uintptr_t)t->data.f32 : NULL;
+    for (int64_t i = 0; p && i < t->n; i++)
         p[i] = value;
+    return p ? 0 : TB_ENOMEM;
 }
 
 /* All tokens but the last predict the next one, each with the same weight. */
@@ -67,19 +72,21 @@ static int conversation(struct tb_bell_job *j, struct train *t, const struct tb_
     if (rc == 0 && ids.n < 2) rc = tb_json_fail(list, err, TB_EINVAL, "has no text");
     if (rc == 0 && ids.n > TB_MAX_DATUM_TOKENS)
         rc = tb_json_fail(list, err, TB_EINVAL, "has more than %d tokens", TB_MAX_DATUM_TOKENS);
-    if (rc == 0) {
-        int32_t *tokens = tb_arena_calloc(&j->arena, ids.n, sizeof(*tokens));
+    int32_t *tokens = rc ? NULL : tb_bell_room(&j->arena, ids.n, sizeof(*tokens), err);
+    if (tokens) {
         memcpy(tokens, ids.p, ids.n * sizeof(*tokens));
         d->tokens = tokens;
         d->n_tokens = (int32_t)ids.n - 1;
         d->inputs = tb_arena_calloc(&j->arena, 4, sizeof(*d->inputs));
-        const struct tb_tensor *target = add_input(j, d, "target_tokens", TB_TENSOR_I64);
-        int64_t *to = (int64_t *)(uintptr_t)target->data.i64;
-        for (int32_t i = 0; i < d->n_tokens; i++)
-            to[i] = tokens[i + 1];
     }
     tb_ids_fini(&ids);
-    return rc;
+    if (!tokens) return rc ? rc : TB_ENOMEM;
+    const struct tb_tensor *target = add_input(j, d, "target_tokens", TB_TENSOR_I64, err);
+    if (!target) return TB_ENOMEM;
+    int64_t *to = (int64_t *)(uintptr_t)target->data.i64;
+    for (int32_t i = 0; i < d->n_tokens; i++)
+        to[i] = tokens[i + 1];
+    return 0;
 }
 
 /* Values of one sample for each position, right-padded with zero. */
@@ -124,22 +131,24 @@ static int policy_inputs(struct tb_bell_job *j, struct train *t, const struct tb
                          struct tb_error *err)
 {
     struct tb_json target, logprobs, advantages;
-    t->padding = tb_arena_calloc(&j->arena, (size_t)t->n, sizeof(*t->padding));
+    t->padding = tb_bell_room(&j->arena, (size_t)t->n, sizeof(*t->padding), err);
+    if (!t->padding) return TB_ENOMEM;
     int rc = tb_json_array(in, "target_tokens", true, &target, err);
     if (rc == 0) rc = tb_json_array(in, "logprobs", true, &logprobs, err);
     if (rc == 0) rc = tb_json_array(in, "advantages", true, &advantages, err);
     for (int32_t i = 0; rc == 0 && i < t->n; i++) {
         struct tb_datum *d = &t->data[i];
-        bool *padding = tb_arena_calloc(&j->arena, (size_t)d->n_tokens + 1, sizeof(*padding));
+        bool *padding = tb_bell_room(&j->arena, (size_t)d->n_tokens, sizeof(*padding), err);
+        const struct tb_tensor *q = add_input(j, d, "logprobs", TB_TENSOR_F32, err);
+        const struct tb_tensor *adv = add_input(j, d, "advantages", TB_TENSOR_F32, err);
+        if (!padding || !q || !adv) return TB_ENOMEM;
         t->padding[i] = padding;
-        rc = targets(j, &target, (size_t)i, d, padding, err);
-        if (rc) break;
-        const struct tb_tensor *q = add_input(j, d, "logprobs", TB_TENSOR_F32);
-        rc = positions(j, &logprobs, (size_t)i, q, err);
-        const struct tb_tensor *adv = add_input(j, d, "advantages", TB_TENSOR_F32);
-        if (rc == 0) rc = positions(j, &advantages, (size_t)i, adv, err);
+        if ((rc = targets(j, &target, (size_t)i, d, padding, err)) ||
+            (rc = positions(j, &logprobs, (size_t)i, q, err)) ||
+            (rc = positions(j, &advantages, (size_t)i, adv, err)))
+            break;
         float *to = (float *)(uintptr_t)adv->data.f32;
-        for (int32_t k = 0; rc == 0 && k < d->n_tokens; k++)
+        for (int32_t k = 0; k < d->n_tokens; k++)
             if (padding[k]) to[k] = 0;
     }
     t->op_loss = t->loss_fn;
@@ -159,13 +168,13 @@ static int reward_inputs(struct tb_bell_job *j, struct train *t, const struct tb
     if (rc == 0) rc = tb_json_double(in, "kl_coeff", false, 0, 1e6, &t->kl_coeff, err);
     if (rc) return rc;
     if (n == 0) return tb_json_fail(&list, err, TB_EINVAL, "is empty");
-    for (int32_t i = 0; i < t->n; i++) {
+    for (int32_t i = 0; rc == 0 && i < t->n; i++) {
         float reward = rewards[n == (size_t)t->n ? (size_t)i : 0];
-        fill(add_input(j, &t->data[i], "weights", TB_TENSOR_F32), reward - (float)t->kl_coeff);
+        rc = add_weights(j, &t->data[i], reward - (float)t->kl_coeff, err);
     }
     t->rewards = true;
     t->op_loss = "cross_entropy";
-    return 0;
+    return rc;
 }
 
 static int loss_inputs(struct tb_bell_job *j, struct train *t, const struct tb_json *root,
@@ -176,18 +185,58 @@ static int loss_inputs(struct tb_bell_job *j, struct train *t, const struct tb_j
     if (rc) return rc;
     if (in.v && tb_json_find(&in, "rewards", &v)) return reward_inputs(j, t, &in, err);
     if (strcmp(t->loss_fn, "cross_entropy") == 0) {
-        for (int32_t i = 0; i < t->n; i++)
-            fill(add_input(j, &t->data[i], "weights", TB_TENSOR_F32), 1);
-        t->op_loss = t->loss_fn;
-        return 0;
+        for (int32_t i = 0; rc == 0 && i < t->n; i++)
+            rc = add_weights(j, &t->data[i], 1, err);
+        return rc;
     }
     if (strcmp(t->loss_fn, "importance_sampling") == 0 || strcmp(t->loss_fn, "ppo") == 0) {
         if (in.v) return policy_inputs(j, t, &in, err);
         return tb_error_set(err, TB_EINVAL, "loss_fn_inputs: required for %s, but absent",
                             t->loss_fn);
     }
-    t->op_loss = t->loss_fn; /* one of the Tinker API's, or unknown: the model says so */
+    return 0; /* one of the Tinker API's, or unknown: the model says so */
+}
+
+/* ---- ops, made in the pool */
+
+static int copy_datum(struct tb_arena *a, const struct tb_datum *from, struct tb_datum *to,
+                      struct tb_error *err)
+{
+    size_t n = (size_t)from->n_tokens, n_inputs = (size_t)from->n_inputs;
+    int32_t *tokens = tb_bell_room(a, n, sizeof(*tokens), err);
+    struct tb_tensor *inputs = tb_bell_room(a, n_inputs, sizeof(*inputs), err);
+    if (!tokens || !inputs) return TB_ENOMEM;
+    if (n) memcpy(tokens, from->tokens, n * sizeof(*tokens));
+    *to = *from;
+    to->tokens = tokens;
+    to->inputs = inputs;
+    for (size_t i = 0; i < n_inputs; i++) {
+        const struct tb_tensor *x = &from->inputs[i];
+        size_t size = x->type == TB_TENSOR_F32 ? sizeof(float) : sizeof(int64_t);
+        void *data = tb_bell_room(a, (size_t)x->n, size, err);
+        if (!data) return TB_ENOMEM;
+        memcpy(data, x->data.f32, (size_t)x->n * size);
+        inputs[i] = *x;
+        inputs[i].name = tb_arena_strdup(a, x->name);
+        inputs[i].data.f32 = data;
+    }
     return 0;
+}
+
+static int make_op(struct tb_bell_job *j, const struct train *t, enum tb_op_type type,
+                   struct tb_error *err)
+{
+    struct tb_op *op = tb_bell_make(j, type);
+    struct tb_forward_backward *fb = &op->u.forward_backward;
+    struct tb_datum *data = tb_bell_room(&op->arena, (size_t)t->n, sizeof(*data), err);
+    fb->forward_only = type == TB_OP_FORWARD;
+    fb->loss_fn = tb_arena_strdup(&op->arena, t->op_loss);
+    fb->n_data = t->n;
+    fb->data = data;
+    int rc = data ? 0 : TB_ENOMEM;
+    for (int32_t i = 0; rc == 0 && i < t->n; i++)
+        rc = copy_datum(&op->arena, &t->data[i], &data[i], err);
+    return rc;
 }
 
 static int prepare_train(struct tb_bell_job *j, const struct tb_json *root, struct tb_error *err)
@@ -205,7 +254,8 @@ static int prepare_train(struct tb_bell_job *j, const struct tb_json *root, stru
     if (n == 0 || n > TB_MAX_DATA)
         return tb_error_set(err, TB_EINVAL, "data: %zu samples are not in 1..%d", n, TB_MAX_DATA);
     t->base = tb_bell_base(j->a, j->model_id);
-    t->data = tb_arena_calloc(&j->arena, n, sizeof(*t->data));
+    t->data = tb_bell_room(&j->arena, n, sizeof(*t->data), err);
+    if (!t->data) return TB_ENOMEM;
     t->n = (int32_t)n;
     bool chats = false;
     for (size_t i = 0; rc == 0 && i < n; i++) {
@@ -219,42 +269,14 @@ static int prepare_train(struct tb_bell_job *j, const struct tb_json *root, stru
                       : tb_json_datum(&one, &j->arena, &t->data[i], err);
     }
     t->op_loss = t->loss_fn;
-    return rc || !chats ? rc : loss_inputs(j, t, root, err);
+    if (rc == 0 && chats) rc = loss_inputs(j, t, root, err);
+    bool forward = j->kind == &tb_bell_forward;
+    if (rc == 0) rc = make_op(j, t, forward ? TB_OP_FORWARD : TB_OP_FORWARD_BACKWARD, err);
+    if (rc == 0 && t->kl_coeff > 0) rc = make_op(j, t, TB_OP_FORWARD, err);
+    return rc;
 }
 
-/* ---- ops */
-
-static void copy_datum(struct tb_arena *a, const struct tb_datum *from, struct tb_datum *to)
-{
-    size_t n = (size_t)from->n_tokens, n_inputs = (size_t)from->n_inputs;
-    int32_t *tokens = tb_arena_calloc(a, n + 1, sizeof(*tokens));
-    *to = *from;
-    memcpy(tokens, from->tokens, n * sizeof(*tokens));
-    to->tokens = tokens;
-    to->inputs = tb_arena_calloc(a, n_inputs + 1, sizeof(*to->inputs));
-    for (size_t i = 0; i < n_inputs; i++) {
-        const struct tb_tensor *x = &from->inputs[i];
-        size_t size = x->type == TB_TENSOR_F32 ? sizeof(float) : sizeof(int64_t);
-        void *data = tb_arena_calloc(a, (size_t)x->n + 1, size);
-        memcpy(data, x->data.f32, (size_t)x->n * size);
-        to->inputs[i] = *x;
-        to->inputs[i].name = tb_arena_strdup(a, x->name);
-        to->inputs[i].data.f32 = data;
-    }
-}
-
-static struct tb_op *train_op(struct tb_bell_job *j, const struct train *t, enum tb_op_type type)
-{
-    struct tb_op *op = tb_bell_op(j, type);
-    struct tb_forward_backward *fb = &op->u.forward_backward;
-    fb->forward_only = type == TB_OP_FORWARD;
-    fb->loss_fn = tb_arena_strdup(&op->arena, t->op_loss);
-    fb->n_data = t->n;
-    fb->data = tb_arena_calloc(&op->arena, (size_t)t->n, sizeof(*fb->data));
-    for (int32_t i = 0; i < t->n; i++)
-        copy_datum(&op->arena, &t->data[i], &fb->data[i]);
-    return op;
-}
+/* ---- results, read in the pool */
 
 static double metric(const struct tb_result *r, const char *key)
 {
@@ -365,41 +387,79 @@ static void answer(struct tb_bell_job *j)
 
 /* The divergence is the mean over samples of the sum of log p - log p_base, p_base from an adapter
  * that is never trained. Without it the loss is that of the rewards alone. */
-static void with_reference(struct tb_bell_job *j, const struct tb_op *op)
+static void read_reference(struct tb_bell_job *j)
 {
     struct train *t = j->own;
     double kl = 0, moved = 0;
     for (int32_t i = 0; i < t->n; i++) {
-        for (int32_t k = 0; k < op->result.outputs[i].n; k++) {
-            kl += (double)t->logprobs[i][k] - (double)op->result.outputs[i].logprobs[k];
+        const struct tb_output *out = &t->done->result.outputs[i];
+        for (int32_t k = 0; k < out->n; k++) {
+            kl += (double)t->logprobs[i][k] - (double)out->logprobs[k];
             moved += (double)t->logprobs[i][k];
         }
     }
     t->kl = kl / t->n;
     t->loss_sum -= t->kl_coeff * moved; /* -(r - c) log p -> -r log p */
-    answer(j);
+}
+
+static void read_trained(struct tb_bell_job *j)
+{
+    struct train *t = j->own;
+    const struct tb_result *r = &t->done->result;
+    t->loss_sum = metric(r, "loss:sum");
+    for (int32_t i = 0; i < t->n; i++)
+        measure_sample(t, i, &r->outputs[i], &t->means);
+    if (!(t->kl_coeff > 0)) return;
+    t->logprobs = tb_bell_room(&j->arena, (size_t)t->n, sizeof(*t->logprobs), &j->err);
+    for (int32_t i = 0; t->logprobs && i < t->n; i++) {
+        size_t n = (size_t)r->outputs[i].n;
+        t->logprobs[i] = tb_bell_room(&j->arena, n, sizeof(float), &j->err);
+        if (!t->logprobs[i]) return;
+        memcpy(t->logprobs[i], r->outputs[i].logprobs, n * sizeof(float));
+    }
+}
+
+/* False when j has failed. */
+static bool was_read(struct tb_bell_job *j)
+{
+    struct train *t = j->own;
+    struct tb_error e = j->err;
+    tb_core_release(t->done);
+    if (e.code) tb_bell_fail(j, &e);
+    return e.code == 0;
+}
+
+static void read_result(struct tb_bell_job *j, const struct tb_op *op,
+                        void (*work)(struct tb_bell_job *j), void (*then)(struct tb_bell_job *j))
+{
+    struct train *t = j->own;
+    t->done = op;
+    tb_core_hold(op);
+    tb_bell_work(j, work, then);
+}
+
+static void reference_was_read(struct tb_bell_job *j)
+{
+    if (was_read(j)) answer(j);
+}
+
+static void with_reference(struct tb_bell_job *j, const struct tb_op *op)
+{
+    read_result(j, op, read_reference, reference_was_read);
 }
 
 static void forward_reference(struct tb_bell_job *j)
 {
-    tb_bell_run(j, train_op(j, j->own, TB_OP_FORWARD), with_reference);
+    tb_bell_run(j, tb_bell_op(j, tb_bell_take(j)), with_reference);
 }
 
-static void trained(struct tb_bell_job *j, const struct tb_op *op)
+static void trained_was_read(struct tb_bell_job *j)
 {
-    struct train *t = j->own;
-    t->loss_sum = metric(&op->result, "loss:sum");
-    for (int32_t i = 0; i < t->n; i++)
-        measure_sample(t, i, &op->result.outputs[i], &t->means);
+    const struct train *t = j->own;
+    if (!was_read(j)) return;
     if (!(t->kl_coeff > 0)) {
         answer(j);
         return;
-    }
-    t->logprobs = tb_arena_calloc(&j->arena, (size_t)t->n, sizeof(*t->logprobs));
-    for (int32_t i = 0; i < t->n; i++) {
-        size_t n = (size_t)op->result.outputs[i].n;
-        t->logprobs[i] = tb_arena_calloc(&j->arena, n + 1, sizeof(float));
-        memcpy(t->logprobs[i], op->result.outputs[i].logprobs, n * sizeof(float));
     }
     j->lora.rank = 1;
     tb_bell_with_adapter(
@@ -408,15 +468,20 @@ static void trained(struct tb_bell_job *j, const struct tb_op *op)
         forward_reference);
 }
 
+static void trained(struct tb_bell_job *j, const struct tb_op *op)
+{
+    read_result(j, op, read_trained, trained_was_read);
+}
+
 static void forward(struct tb_bell_job *j)
 {
-    tb_bell_run(j, train_op(j, j->own, TB_OP_FORWARD), trained);
+    tb_bell_run(j, tb_bell_op(j, tb_bell_take(j)), trained);
 }
 
 static void forward_backward(struct tb_bell_job *j)
 {
-    j->adapter->has_gradients = true;
-    tb_bell_run(j, train_op(j, j->own, TB_OP_FORWARD_BACKWARD), trained);
+    struct tb_bell_adapter *ad = j->adapter;
+    if (tb_bell_run(j, tb_bell_op(j, tb_bell_take(j)), trained)) ad->has_gradients = true;
 }
 
 static void start_forward(struct tb_bell_job *j)
@@ -509,11 +574,12 @@ static void step(struct tb_bell_job *j)
         answer_step(j);
         return;
     }
-    struct tb_op *op = tb_bell_op(j, TB_OP_OPTIM_STEP);
+    struct tb_bell_adapter *ad = j->adapter;
+    struct tb_op *op = tb_bell_op(j, tb_op_create(TB_OP_OPTIM_STEP));
     op->u.optim_step = *(const struct tb_optim_step *)j->own;
-    tb_bell_adapter_changed(j);
-    j->adapter->has_gradients = false;
-    tb_bell_run(j, op, stepped);
+    if (!tb_bell_run(j, op, stepped)) return;
+    tb_bell_adapter_changed(ad);
+    ad->has_gradients = false;
 }
 
 static void start_optim(struct tb_bell_job *j)

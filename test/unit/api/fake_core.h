@@ -27,6 +27,8 @@ struct tb_core {
     int n_submitted, n_sessions, n_waits, n_unwaits, n_delivered, n_held, n_released;
     struct tb_error refuse; /* the next submit's answer */
     struct tb_waiter *waiter;
+    struct tb_core_stream *streams[8]; /* that are open: a creation's, its model's ops' */
+    int n_streams;
     enum tb_future_state state; /* of every future */
     char finish_reason[32], session_key[64], last_id[600];
 };
@@ -161,20 +163,35 @@ void tb_core_cancel(struct tb_core *c, struct tb_tenant *who, const char *id, si
     snprintf(c->canceled, sizeof(c->canceled), "%.*s", (int)n, id);
 }
 
-/* No request of the test is streamed. */
 void tb_core_stream(struct tb_core *c, struct tb_tenant *who, const char *id, size_t n,
                     struct tb_core_stream *s)
 {
     (void)id;
     (void)n;
     c->who = who;
-    s->end(s, TB_FUTURE_GONE, NULL);
+    c->streams[c->n_streams++] = s;
+}
+
+static void fake_forget(struct tb_core *c, const struct tb_core_stream *s)
+{
+    for (int i = 0; i < c->n_streams; i++) {
+        if (c->streams[i] != s) continue;
+        c->streams[i] = c->streams[--c->n_streams];
+        return;
+    }
+    fail_msg("no such stream");
 }
 
 void tb_core_unstream(struct tb_core *c, struct tb_core_stream *s)
 {
-    (void)c;
-    (void)s;
+    fake_forget(c, s);
+}
+
+/* The future behind the stream ends. */
+static void fake_end(struct tb_core_stream *s, enum tb_future_state state, const struct tb_op *op)
+{
+    fake_forget(&fake, s);
+    s->end(s, state, op);
 }
 
 void tb_core_feed_wait(struct tb_core *c, struct tb_tenant *who, const char *sampler, int64_t clone,

@@ -827,6 +827,120 @@ static void test_batch(void **state)
     expect_part(410, "no gone");
 }
 
+/* ---- Tinkerbell's: jobs whose ops end as the test says */
+
+static void bell(const char *path, const char *json)
+{
+    call_with(TB_HTTP_POST, path, &KEY, 1, json, strlen(json));
+}
+
+/* A job that begins with a creation: both streams, the creation's last. */
+static void bell_begin(const char *path, const char *json, int n_streams)
+{
+    send_call(TB_HTTP_POST, path, &KEY, 1, json, strlen(json));
+    RUN_UNTIL(&loop, fake.n_streams == n_streams);
+}
+
+static struct tb_op failed_op(const char *text)
+{
+    struct tb_op op = {.type = TB_OP_CREATE_MODEL};
+    tb_error_set(&op.error, TB_ENOMEM, "%s", text);
+    return op;
+}
+
+static void test_bell_creation_fails(void **state)
+{
+    (void)state;
+    struct tb_op failed = failed_op("no room for it"), done = {.type = TB_OP_CREATE_MODEL};
+    static const char add[] = "{\"base_model\":\"tiny\"}", save[] = "{\"model_id\":\"mine\"}";
+    bell_begin("/api/v1/add_lora", add, 1);
+    assert_false(last.done);
+    fake_end(fake.streams[0], TB_FUTURE_FAILED, &failed);
+    RUN_UNTIL(&loop, last.done);
+    expect_part(500, "Add LoRA failed: no room for it");
+    bell_begin("/api/v1/add_lora", add, 1);
+    fake_end(fake.streams[0], TB_FUTURE_DONE, &done);
+    RUN_UNTIL(&loop, last.done);
+    expect_part(200, "{\"model_id\":\"tiny_lora_");
+
+    /* its name is free, so the next use makes it again */
+    int before = fake.n_submitted;
+    bell_begin("/save_weights", save, 2);
+    assert_int_equal(fake.n_submitted, before + 2);
+    fake_end(fake.streams[1], TB_FUTURE_FAILED, &failed);
+    fake_end(fake.streams[0], TB_FUTURE_FAILED, &failed);
+    bell_begin("/save_weights", save, 2);
+    assert_int_equal(fake.n_submitted, before + 4);
+    fake_end(fake.streams[1], TB_FUTURE_DONE, &done);
+    fake_end(fake.streams[0], TB_FUTURE_DONE, &done);
+    bell_begin("/save_weights", save, 1);
+    assert_int_equal(fake.n_submitted, before + 5);
+    fake_end(fake.streams[0], TB_FUTURE_DONE, &done);
+    RUN_UNTIL(&loop, last.done);
+}
+
+/* What was refused has not happened. */
+static void test_bell_refused(void **state)
+{
+    (void)state;
+    struct tb_op done = {.type = TB_OP_SAVE_WEIGHTS};
+    struct tb_output output = {.n = 2, .logprobs = (float[]){-1, -2}};
+    static const char name[] = "{\"model_id\":\"mine\"}",
+                      data[] =
+                          "{\"model_id\":\"mine\",\"data\":[{\"model_input\":{\"chunks\":[{"
+                          "\"type\":\"encoded_text\",\"tokens\":[1,2]}]},\"loss_fn_inputs\":{}}]}";
+    bell_begin("/fwdbwd", data, 2);
+    fake_end(fake.streams[1], TB_FUTURE_DONE, &done);
+    done.result.n_outputs = 1;
+    done.result.outputs = &output;
+    fake_end(fake.streams[0], TB_FUTURE_DONE, &done);
+    RUN_UNTIL(&loop, last.done);
+
+    for (int i = 0; i < 2; i++) { /* the gradients are still to be stepped on */
+        int before = fake.n_submitted;
+        if (i == 0) tb_error_set(&fake.refuse, TB_EBUSY, "the queue is full");
+        bell("/optim_step", name);
+        RUN_UNTIL(&loop, fake.n_streams == i && !fake.refuse.code);
+        assert_int_equal(fake.n_submitted, before + i);
+    }
+    assert_int_equal(fake.op->type, TB_OP_OPTIM_STEP);
+    fake_end(fake.streams[0], TB_FUTURE_DONE, &done);
+
+    tb_error_set(&fake.refuse, TB_EBUSY, "the queue is full");
+    bell("/api/v1/remove_lora", name);
+    expect_part(500, "the queue is full");
+    call_with(TB_HTTP_GET, "/adapters", &KEY, 1, NULL, 0);
+    expect_part(200, "\"mine\"");
+    bell_begin("/api/v1/remove_lora", name, 1);
+    assert_int_equal(fake.op->type, TB_OP_UNLOAD_MODEL);
+    fake_end(fake.streams[0], TB_FUTURE_DONE, &done);
+    RUN_UNTIL(&loop, last.done);
+    expect(200, "{\"status\":\"deleted\"}");
+    call_with(TB_HTTP_GET, "/adapters", &KEY, 1, NULL, 0);
+    assert_null(strstr(last.body, "\"mine\""));
+}
+
+/* A tenant's results are not pushed out by another's. */
+static void test_bell_results_of_tenants(void **state)
+{
+    (void)state;
+    static const struct tb_http_field other = {"X-API-Key", "tml-other"};
+    static const char none[] = "{\"model_id\":\"none\"}";
+    char theirs[64], first[64], id[16];
+    call_with(TB_HTTP_POST, "/remove_lora", &other, 1, none, sizeof(none) - 1);
+    assert_int_equal(sscanf(last.body, "{\"request_id\":\"%15[a-z0-9_]", id), 1);
+    snprintf(theirs, sizeof(theirs), "{\"request_id\":\"%s\"}", id);
+    for (int i = 0; i < 10001; i++) {
+        bell("/remove_lora", none);
+        if (i == 0) assert_int_equal(sscanf(last.body, "{\"request_id\":\"%15[a-z0-9_]", id), 1);
+    }
+    snprintf(first, sizeof(first), "{\"request_id\":\"%s\"}", id);
+    call_with(TB_HTTP_POST, "/retrieve_future", &other, 1, theirs, strlen(theirs));
+    expect(200, "{\"status\":\"deleted\"}");
+    bell("/retrieve_future", first);
+    assert_int_equal(last.status, 404);
+}
+
 int main(void)
 {
 #define T(f) cmocka_unit_test_setup_teardown(f, set_up, tear_down)
@@ -850,6 +964,9 @@ int main(void)
         T(test_checkpoints),
         T(test_downloads),
         T(test_archive),
+        T(test_bell_creation_fails),
+        T(test_bell_refused),
+        T(test_bell_results_of_tenants),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
