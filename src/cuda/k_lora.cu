@@ -151,6 +151,7 @@ __device__ static inline void dot_chunks(float (*d)[NT][4], const side<act> &row
 {
     const int C = chunk<act>::COLS;
     int lane = lane_id();
+#pragma unroll 1
     for (; k < rows.len; k += DEPTH * step) {
         piece r[DEPTH][MT][2], c[DEPTH][NT][C];
 #pragma unroll
@@ -214,42 +215,43 @@ __device__ static inline void sum_warps(float *part, const float (*d)[NT][4], F 
 }
 
 /* A lane's elements of a float32 result that is added to: read early, so that the product hides the
- * time. p: the tile's corner; rows, cols: how many are there. */
+ * time. p: the lane's first; rows, cols: how many there are from there. */
 template <int MT, int NT> struct addend {
     float v[MT][NT][4];
     float *p;
     int ld, rows, cols;
-    bool pairs; /* two neighbours are one access */
+    bool whole; /* two neighbours are one access, and all columns are there */
 
-    template <typename F> __device__ inline void each(F f)
+    template <typename F> __device__ inline void each_row(F f)
     {
-        int lane = lane_id();
 #pragma unroll
         for (int m = 0; m < MT; m++)
 #pragma unroll
-            for (int n = 0; n < NT; n++)
-#pragma unroll
-                for (int i = 0; i < 4; i += 2) {
-                    int row = 16 * m + row_of(lane, i), col = 8 * n + col_of(lane, i);
-                    if (row < rows && col < cols)
-                        f(p + row * ld + col, v[m][n] + i, col + 1 < cols);
-                }
+            for (int i = 0; i < 2; i++)
+                if (16 * m + 8 * i < rows) f(p + (16 * m + 8 * i) * ld, m, 2 * i);
     }
-    __device__ inline void load(float *at, int stride, int n_rows, int n_cols)
+    /* tile: its corner; n_rows, n_cols: how many are there */
+    __device__ inline void load(float *tile, int stride, int n_rows, int n_cols)
     {
-        p = at;
+        int row = row_of(lane_id(), 0), col = col_of(lane_id(), 0);
+        p = tile + row * stride + col;
         ld = stride;
-        rows = n_rows;
-        cols = n_cols;
-        pairs = ((uintptr_t)p | (size_t)ld * sizeof(float)) % sizeof(float2) == 0;
-        each([&](const float *q, float *x, bool both) {
-            if (pairs && both) {
-                float2 y = *(const float2 *)q;
-                x[0] = y.x;
-                x[1] = y.y;
-            } else {
-                x[0] = q[0];
-                if (both) x[1] = q[1];
+        rows = n_rows - row;
+        cols = n_cols - col;
+        whole = ((uintptr_t)tile | (size_t)ld * sizeof(float)) % sizeof(float2) == 0 &&
+                n_cols >= 8 * NT;
+        each_row([&](const float *q, int m, int i) {
+#pragma unroll
+            for (int n = 0; n < NT; n++) {
+                float *x = v[m][n] + i;
+                if (whole) {
+                    float2 y = *(const float2 *)(q + 8 * n);
+                    x[0] = y.x;
+                    x[1] = y.y;
+                } else {
+                    x[0] = 8 * n < cols ? q[8 * n] : 0;
+                    x[1] = 8 * n + 1 < cols ? q[8 * n + 1] : 0;
+                }
             }
         });
     }
@@ -265,12 +267,16 @@ template <int MT, int NT> struct addend {
     }
     __device__ inline void store(void)
     {
-        each([&](float *q, const float *x, bool both) {
-            if (pairs && both) {
-                *(float2 *)q = make_float2(x[0], x[1]);
-            } else {
-                q[0] = x[0];
-                if (both) q[1] = x[1];
+        each_row([&](float *q, int m, int i) {
+#pragma unroll
+            for (int n = 0; n < NT; n++) {
+                const float *x = v[m][n] + i;
+                if (whole) {
+                    *(float2 *)(q + 8 * n) = make_float2(x[0], x[1]);
+                } else {
+                    if (8 * n < cols) q[8 * n] = x[0];
+                    if (8 * n + 1 < cols) q[8 * n + 1] = x[1];
+                }
             }
         });
     }
@@ -300,7 +306,8 @@ __global__ __launch_bounds__(DOWN_WARPS *TB_WARP, 2) static void k_down(const st
 
 /* y += scale u B^T: each warp adds to 8 NT columns of a tile. */
 template <typename act, int MT, int NT>
-__global__ __launch_bounds__(UP_WARPS *TB_WARP, 1) static void k_up(const struct tile *tiles)
+__global__ __launch_bounds__(UP_WARPS *TB_WARP,
+                             MT == 1 ? 6 : 3) static void k_up(const struct tile *tiles)
 {
     struct tile t = tiles[blockIdx.y];
     int first = ((int)blockIdx.x * UP_WARPS + warp_id()) * 8 * NT;
