@@ -36,6 +36,7 @@
 struct tb_tenant {
     struct tb_list node; /* core->tenants */
     char *name;
+    uint64_t number;                   /* from 1 */
     struct tb_core_session *anonymous; /* of samplers addressed without a session */
     size_t queued_bytes, n_pending;    /* of futures not over */
     double tokens;                     /* submits that it may make now */
@@ -191,6 +192,7 @@ struct tb_core {
     struct tb_map by_address;   /* tenant and base model or path → sampler */
     struct tb_map opened;       /* session and sampling_session_seq_id → sampler */
     struct tb_list sessions, tenants;
+    uint64_t n_tenants;
 
     struct tb_list waiters;      /* tb_waiter.deadline_node, earliest first */
     struct tb_list unread, read; /* futures over, by expiry */

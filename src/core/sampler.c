@@ -537,6 +537,7 @@ int tb_sampler_submit(struct tb_core *c, struct tb_tenant *who, struct tb_op *op
     }
     *kept = true;
     op->share = sp->session->share;
+    op->tenant = who->number;
     f = tb_future_create(c, c->scratch, op, sp->session);
     if (!op->sampling_session_id) tb_future_set_key(f, "sample", op->idempotency_key);
     f->phase = TB_PHASE_READY;

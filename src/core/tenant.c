@@ -18,6 +18,7 @@ struct tb_tenant *tb_core_tenant(struct tb_core *c, const char *name)
     }
     struct tb_tenant *t = tb_calloc(1, sizeof(*t));
     t->name = tb_strdup(name);
+    t->number = ++c->n_tenants;
     t->tokens = (double)c->o.tenant_burst;
     t->refilled_ms = tb_clock_ms();
     tb_list_push(&c->tenants, &t->node);

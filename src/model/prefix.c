@@ -44,7 +44,7 @@ static uint64_t mix(uint64_t h, uint64_t v)
 
 static int32_t *bucket(const struct tb_prefix *p, const struct tb_prefix_key *key)
 {
-    uint64_t h = mix(mix(p->seed, key->serial), (uint32_t)key->parent);
+    uint64_t h = mix(mix(mix(p->seed, key->serial), key->tenant), (uint32_t)key->parent);
     for (int i = 0; i < 16; i += 2)
         h = mix(h, (uint64_t)(uint32_t)key->tokens[i] << 32 | (uint32_t)key->tokens[i + 1]);
     return &p->buckets[h & p->mask];
@@ -55,7 +55,7 @@ int32_t tb_prefix_find(const struct tb_prefix *p, const struct tb_prefix_key *ke
     int32_t at = *bucket(p, key);
     for (; at != TB_PREFIX_NONE; at = p->pages[at].chain) {
         const struct tb_prefix_key *k = &p->pages[at].key;
-        if (k->serial == key->serial && k->parent == key->parent &&
+        if (k->serial == key->serial && k->tenant == key->tenant && k->parent == key->parent &&
             !memcmp(k->tokens, key->tokens, sizeof(k->tokens)))
             break;
     }

@@ -1,8 +1,9 @@
 /*
  * Which KV pages hold which tokens: the index by which a sequence finds the pages of a prefix that
- * another one computed. A page is listed under the weights' serial, the page before it and its own
- * 16 tokens, all compared in full, so a listed page's whole prefix is what its chain of parents
- * says. This file keeps numbers only; kv.c counts the references (the list holds one per page).
+ * another one computed. A page is listed under the weights' serial, the tenant, the page before it
+ * and its own 16 tokens, all compared in full, so a listed page's whole prefix is what its chain of
+ * parents says. This file keeps numbers only; kv.c counts the references (the list holds one per
+ * page).
  *
  * A listed page that nobody else holds is idle. Who holds a page holds its parents too, and gives
  * pages back from the last to the first; so the idle pages, in the order in which they became idle,
@@ -21,6 +22,7 @@
 
 struct tb_prefix_key {
     uint64_t serial; /* of the weights; 0: the base model */
+    uint64_t tenant; /* who alone may find it, and so learn that the prompt was there */
     int32_t parent;  /* page before it, or TB_PREFIX_NONE */
     int32_t tokens[16];
 };

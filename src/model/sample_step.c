@@ -149,7 +149,9 @@ static bool page_is_coming(const struct tb_model *m, const struct tb_seq *q, int
     TB_LIST_FOREACH (it, &m->samplings) {
         const struct tb_sampling *s = TB_LIST_ENTRY(it, struct tb_sampling, node);
         const struct tb_seq *r = &s->root;
-        if (r->state != TB_SEQ_RUNNING || s->forked || s->version != q->s->version) continue;
+        if (r->state != TB_SEQ_RUNNING || s->forked || s->version != q->s->version ||
+            s->op->tenant != q->s->op->tenant)
+            continue;
         if (r->n_kv >= end || s->n_prompt < end || (at && r->pages[at - 1] != q->pages[at - 1]))
             continue;
         if (!memcmp(s->req->prompt + at * TB_KV_PAGE, q->s->req->prompt + at * TB_KV_PAGE,

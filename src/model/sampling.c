@@ -303,7 +303,9 @@ void tb_seq_release(struct tb_seq *q)
 static struct tb_prefix_key page_key(const struct tb_seq *q, int at)
 {
     const struct tb_adapter_version *v = q->s->version;
-    struct tb_prefix_key key = {v ? v->serial : 0, at ? q->pages[at - 1] : TB_PREFIX_NONE, {0}};
+    struct tb_prefix_key key = {.serial = v ? v->serial : 0,
+                                .tenant = q->s->op->tenant,
+                                .parent = at ? q->pages[at - 1] : TB_PREFIX_NONE};
     for (int i = 0; i < TB_KV_PAGE; i++)
         key.tokens[i] = tb_seq_token(q, at * TB_KV_PAGE + i);
     return key;

@@ -260,7 +260,9 @@ struct tb_op {
     const char *sampling_session_id; /* sample */
     int64_t seq_id; /* training order or sample label; -1: none (0.1.5, arrival order) */
     const char *idempotency_key; /* X-Idempotency-Key or NULL */
-    uint64_t share; /* of a sample: those of one number share a part of a step; core/ fills it */
+    /* Of a sample; core/ fills them. Those of one share have a part of a step together; only those
+     * of one tenant find each other's prompts in the KV cache. */
+    uint64_t share, tenant;
 
     union {
         struct tb_create_model create_model;

@@ -178,6 +178,34 @@ static void train(struct pair *p, struct tb_adapter *a[2], const int32_t *tokens
     }
 }
 
+/* A tenant finds its own prompts only, also while another computes the same one. */
+static void test_tenants(void **state)
+{
+    (void)state;
+    struct pair p = {open_model(backend_f32(), &shapes[0], NULL),
+                     without_reuse(backend_f32(), &shapes[0])};
+    int32_t x[70];
+    random_tokens(x, 70, shapes[0].vocab, 1);
+    for (uint64_t tenant = 1; tenant <= 2; tenant++) {
+        for (int again = 0; again < 2; again++) {
+            struct tb_op *op = op_sample(x, 70, 9, 1);
+            op->tenant = tenant;
+            assert_int_equal(hits(&p, NULL, NULL, op, NULL), again ? 64 : 0);
+        }
+    }
+    struct tb_op *ops[2] = {op_sample(x, 70, 3, 1), op_sample(x, 70, 3, 1)};
+    ops[0]->tenant = 3;
+    ops[1]->tenant = 4;
+    run_samples(p.m, NULL, ops, 2, 16);
+    for (int i = 0; i < 2; i++) {
+        assert_int_equal(ops[i]->error.code, 0);
+        assert_int_equal(ops[i]->result.prompt_cache_hit_tokens, 0);
+        tb_op_destroy(ops[i]);
+    }
+    tb_model_free(p.m);
+    tb_model_free(p.ref);
+}
+
 /* Weights that differ share nothing: base and adapters, versions of one adapter, and a version that
  * is overwritten in place after all of its samples are gone. */
 static void test_versions(void **state)
@@ -449,9 +477,10 @@ static int teardown(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_counts),   cmocka_unit_test(test_versions),
-        cmocka_unit_test(test_eviction), cmocka_unit_test(test_side_by_side),
-        cmocka_unit_test(test_random),   cmocka_unit_test(test_failed_step),
+        cmocka_unit_test(test_counts),       cmocka_unit_test(test_versions),
+        cmocka_unit_test(test_tenants),      cmocka_unit_test(test_eviction),
+        cmocka_unit_test(test_side_by_side), cmocka_unit_test(test_random),
+        cmocka_unit_test(test_failed_step),
     };
     return cmocka_run_group_tests_name("model prefix", tests, NULL, teardown);
 }
