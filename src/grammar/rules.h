@@ -76,7 +76,7 @@ struct tb_grammar {
     _Atomic int refs;
     struct tb_vocab *vocab;
     bool failed; /* memory ran out, or a limit was met */
-    _Atomic bool worn;
+    _Atomic bool worn, too_complex;
 
     struct tb_node *nodes;
     uint32_t n_nodes, cap_nodes;

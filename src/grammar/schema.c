@@ -122,19 +122,68 @@ static bool has_type(const json_t *v, const json_t *schema)
     return false;
 }
 
-/* The values, n of them, that are of the schema's type. */
+static int bounds(struct schema *s, const struct tb_json *at, const char *lo, const char *hi,
+                  uint32_t *min, uint32_t *max);
+static int limits(struct schema *s, const struct tb_json *at, double limit[4]);
+
+static size_t n_characters(const json_t *text)
+{
+    const char *p = json_string_value(text);
+    size_t n = 0;
+    for (size_t i = 0; i < json_string_length(text); i++)
+        n += ((unsigned char)p[i] & 0xc0) != 0x80;
+    return n;
+}
+
+/* *fits: does the schema hold for v, apart from const and enum? Keywords that cannot be told here
+ * are refused. */
+static int validate(struct schema *s, const struct tb_json *schema, const json_t *v, bool *fits)
+{
+    static const struct {
+        const char *type, *keyword;
+    } unknown[] = {{"string", "pattern"},    {"string", "format"},
+                   {"array", "items"},       {"array", "prefixItems"},
+                   {"array", "uniqueItems"}, {"object", "properties"},
+                   {"object", "required"},   {"object", "additionalProperties"}};
+    uint32_t min = 0, max = TB_GRAMMAR_UNBOUNDED;
+    size_t size = 0;
+    double limit[4], x = json_number_value(v);
+    int rc = 0;
+    *fits = has_type(v, schema->v);
+    for (size_t i = 0; *fits && i < TB_ARRAY_LEN(unknown); i++)
+        if (is_a(v, unknown[i].type) && json_object_get(schema->v, unknown[i].keyword))
+            return tb_json_fail(schema, s->err, TB_EUNSUPPORTED,
+                                "%s beside const or enum cannot be enforced", unknown[i].keyword);
+    if (json_is_string(v)) {
+        rc = bounds(s, schema, "minLength", "maxLength", &min, &max);
+        size = n_characters(v);
+    } else if (json_is_array(v)) {
+        rc = bounds(s, schema, "minItems", "maxItems", &min, &max);
+        size = json_array_size(v);
+    } else if (json_is_number(v)) {
+        rc = limits(s, schema, limit);
+        if (rc == 0)
+            *fits = *fits && x >= limit[0] && x <= limit[1] && x > limit[2] && x < limit[3];
+    }
+    *fits = *fits && size >= min && size <= max;
+    return rc;
+}
+
+/* The values, n of them, for which the rest of the schema holds. */
 static int compile_values(struct schema *s, const struct tb_json *at, json_t *const *v, size_t n,
                           uint32_t *out)
 {
     uint32_t k = 0;
     for (size_t i = 0; i < n; i++) {
         uint32_t one = TB_NODE_EMPTY;
-        if (!has_type(v[i], at->up->v)) continue;
-        int rc = literal(s, at, v[i], &one);
-        if (rc) return rc;
+        bool fits;
+        int rc = validate(s, at->up, v[i], &fits);
+        if (rc == 0 && !fits) continue;
+        if (rc || (rc = literal(s, at, v[i], &one))) return rc;
         *out = alt(s, k++, *out, one);
     }
-    return k ? 0 : tb_json_fail(at, s->err, TB_EINVAL, "holds no value of the type beside it");
+    return k ? 0
+             : tb_json_fail(at, s->err, TB_EINVAL, "holds no value that fits what is beside it");
 }
 
 static int compile_enum(struct schema *s, const struct tb_json *at, uint32_t *out)
@@ -409,16 +458,26 @@ static void fractions(struct schema *s, const char *sign, double lo, bool above,
     }
 }
 
+/* minimum, maximum, exclusiveMinimum, exclusiveMaximum; +-DBL_MAX where there is none. */
+static int limits(struct schema *s, const struct tb_json *at, double limit[4])
+{
+    static const char *const keys[4] = {"minimum", "maximum", "exclusiveMinimum",
+                                        "exclusiveMaximum"};
+    int rc = 0;
+    for (int i = 0; rc == 0 && i < 4; i++) {
+        limit[i] = i % 2 ? DBL_MAX : -DBL_MAX;
+        rc = tb_json_double(at, keys[i], false, -DBL_MAX, DBL_MAX, &limit[i], s->err);
+    }
+    return rc;
+}
+
 static int compile_number(struct schema *s, const struct tb_json *at, bool whole, uint32_t *out)
 {
     const double none = DBL_MAX, most = (double)TB_JSON_INTEGER_MAX;
-    double lo = -none, hi = none, above = -none, below = none;
-    int rc;
-    if ((rc = tb_json_double(at, "minimum", false, -none, none, &lo, s->err)) ||
-        (rc = tb_json_double(at, "maximum", false, -none, none, &hi, s->err)) ||
-        (rc = tb_json_double(at, "exclusiveMinimum", false, -none, none, &above, s->err)) ||
-        (rc = tb_json_double(at, "exclusiveMaximum", false, -none, none, &below, s->err)))
-        return rc;
+    double limit[4];
+    int rc = limits(s, at, limit);
+    if (rc) return rc;
+    double lo = limit[0], hi = limit[1], above = limit[2], below = limit[3];
     if (lo == -none && hi == none && above == -none && below == none) {
         *out = whole ? s->r.integer : s->r.number;
         return 0;

@@ -103,10 +103,12 @@ static void visit(struct tb_grammar *g, uint32_t f)
 {
     if (g->frames[f].seen == g->step) return;
     g->frames[f].seen = g->step;
-    if (++g->work > TB_GRAMMAR_MAX_WORK)
-        g->failed = true;
-    else
+    if (++g->work <= TB_GRAMMAR_MAX_WORK) {
         push(g, &g->queue, f);
+        return;
+    }
+    g->failed = true;
+    atomic_store_explicit(&g->too_complex, true, memory_order_relaxed);
 }
 
 /* Adds what begins with frame f to the closure: the frames at BYTES that it may come to, and frame

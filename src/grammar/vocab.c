@@ -203,3 +203,8 @@ bool tb_grammar_worn(const struct tb_grammar *g)
 {
     return atomic_load_explicit(&g->worn, memory_order_relaxed);
 }
+
+bool tb_grammar_too_complex(const struct tb_grammar *g)
+{
+    return atomic_load_explicit(&g->too_complex, memory_order_relaxed);
+}

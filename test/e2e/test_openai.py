@@ -500,3 +500,11 @@ def test_a_folder_without_tokenizer_json(demo, start, tmp_path):
                        ("/completion", {"prompt": "x"}), ("/tokenize", {"content": "x"})):
         status, answer = post(old.url, path, {"model": "old", **body})
         assert status == 400 and "tokenizer.model" in json.dumps(answer), (path, answer)
+
+
+def test_a_schema_that_is_too_complex_is_known_the_second_time(demo):
+    body = {"model": "demo", "messages": QUESTION, "max_tokens": 50, "response_format": {"type": "json_schema", "json_schema": {
+        "name": "x", "schema": {"type": "string", "pattern": "^((a?){1,10000}){1,10000}$"}}}}
+    first, again = (post(demo.url, CHAT, body) for _ in range(2))
+    assert first[0] >= 400 and "grammar" in first[1]["error"]["message"]
+    assert again[0] == 400 and "too many ways" in again[1]["error"]["message"]

@@ -12,9 +12,11 @@
 #define KEPT 16 /* grammars of a model */
 
 struct kept {
+    bool used;
     char *schema; /* NULL: any object */
     size_t n;
     struct tb_llm_grammar g;
+    struct tb_error err; /* why there is no grammar */
 };
 
 struct tb_llm_model {
@@ -132,62 +134,78 @@ static struct kept *find_kept(struct keep *k, bool json, struct tb_span schema)
 {
     for (int i = 0; i < KEPT; i++) {
         struct kept *x = &k->kept[i];
-        if (!x->g.g || json != !x->schema) continue;
+        if (!x->used || json != !x->schema) continue;
         if (json || (x->n == schema.n && memcmp(x->schema, schema.p, schema.n) == 0)) return x;
     }
     return NULL;
 }
 
-/* The kept one, with a reference; false when there is none. */
-static bool take_kept(struct keep *k, bool json, struct tb_span schema, struct tb_llm_grammar *out)
+/* The kept one, with a reference, or in *err why there is none; false when it is not known. */
+static bool take_kept(struct keep *k, bool json, struct tb_span schema, struct tb_llm_grammar *out,
+                      struct tb_error *err)
 {
     struct kept *x = find_kept(k, json, schema);
-    if (x && tb_grammar_worn(x->g.g)) { /* it would fail before long */
+    if (x && x->g.g && tb_grammar_too_complex(x->g.g)) {
+        tb_grammar_unref(x->g.g);
+        x->g.g = NULL;
+        tb_error_set(&x->err, TB_EUNSUPPORTED,
+                     "the schema has too many ways to go on: finding the "
+                     "tokens that may come next takes too long");
+    } else if (x && x->g.g && tb_grammar_worn(x->g.g)) { /* it would fail before long */
         drop(x);
         x = NULL;
     }
     if (!x) return false;
     *out = x->g;
-    tb_grammar_ref(out->g);
+    if (out->g)
+        tb_grammar_ref(out->g);
+    else
+        *err = x->err;
     return true;
 }
 
 static void put_kept(struct keep *k, bool json, struct tb_span schema,
-                     const struct tb_llm_grammar *g)
+                     const struct tb_llm_grammar *g, const struct tb_error *err)
 {
     struct kept *x = &k->kept[k->n_kept++ % KEPT];
     drop(x);
-    tb_grammar_ref(g->g);
-    *x = (struct kept){json ? NULL : tb_strndup(schema.p, schema.n), schema.n, *g};
+    *x = (struct kept){true, json ? NULL : tb_strndup(schema.p, schema.n), schema.n, *g, *err};
+    if (g->g) tb_grammar_ref(g->g);
 }
 
 /* A schema is compiled without the lock: it may take long, and whoever waits for the lock takes a
- * thread from the pool. */
+ * thread from the pool. Refusals are kept too, as clients repeat what was refused. */
 int tb_llm_grammar_get(const struct tb_llm_model *m, bool json, struct tb_span schema,
                        struct tb_llm_grammar *out, struct tb_error *err)
 {
     struct keep *k = m->keep;
-    struct tb_llm_grammar made;
+    struct tb_llm_grammar made = {0};
+    struct tb_error e = {0};
     int rc = 0;
     uv_mutex_lock(&k->lock);
-    bool found = take_kept(k, json, schema, out);
+    bool found = take_kept(k, json, schema, out, err);
     if (!found && !k->vocab) rc = tb_vocab_create(m->info.text, m->info.vocab, &k->vocab, err);
     uv_mutex_unlock(&k->lock);
-    if (found || rc) return rc;
-    rc = json ? tb_grammar_create_json(k->vocab, &made.g, err)
-              : tb_grammar_create_schema(k->vocab, schema, &made.g, err);
+    if (found) return out->g ? 0 : err->code;
     if (rc) return rc;
-    made.start = tb_grammar_start(made.g);
-    made.shortest = tb_grammar_shortest(made.g);
+    rc = json ? tb_grammar_create_json(k->vocab, &made.g, &e)
+              : tb_grammar_create_schema(k->vocab, schema, &made.g, &e);
+    if (rc == 0) {
+        made.start = tb_grammar_start(made.g);
+        made.shortest = tb_grammar_shortest(made.g);
+    }
+    e.code = rc;
     uv_mutex_lock(&k->lock);
-    if (take_kept(k, json, schema, out)) { /* another request made the same meanwhile */
+    if (take_kept(k, json, schema, out, err)) { /* another request made the same meanwhile */
         tb_grammar_unref(made.g);
+        rc = out->g ? 0 : err->code;
     } else {
+        put_kept(k, json, schema, &made, &e);
         *out = made;
-        put_kept(k, json, schema, out);
+        *err = e;
     }
     uv_mutex_unlock(&k->lock);
-    return 0;
+    return rc;
 }
 
 /* ---- a grammar as the filter of a sample; runs on the engine's thread, which alone uses the

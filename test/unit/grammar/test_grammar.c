@@ -107,6 +107,11 @@ static const struct text TEXTS[] = {
     {"{\"type\":[\"string\",\"number\"],\"enum\":[\"a\",null,1.5,2,true]}",
      {"\"a\"", "1.5", "2"},
      {"null", "true", "\"b\""}},
+    {"{\"enum\":[\"\",\"ab\",\"\u00e9\u00e9\u00e9\",1,5,9,[1],[1,2],null],\"minLength\":2,\"maxLength\":3,"
+     "\"minimum\":1,\"exclusiveMinimum\":1,\"maximum\":9,\"exclusiveMaximum\":9,\"minItems\":2}",
+     {"\"ab\"", "\"\u00e9\u00e9\u00e9\"", "5", "[1,2]", "null"},
+     {"\"\"", "1", "9", "[1]"}},
+    {"{\"enum\":[1,2],\"pattern\":\"x\",\"items\":{},\"required\":[\"a\"]}", {"1", "2"}, {"3"}},
     {"{\"type\":\"string\",\"oneOf\":[{\"const\":\"a\",\"title\":\"A\"},{\"const\":\"b\"}]}",
      {"\"a\"", "\"b\""},
      {"\"c\"", "\"\""}},
@@ -287,6 +292,12 @@ static void test_refused(void **state)
          "type beside anyOf", TB_EUNSUPPORTED},
         {"{\"oneOf\":[{\"const\":1},{\"const\":1}]}", "oneOf", TB_EUNSUPPORTED},
         {"{\"type\":\"string\",\"const\":1}", "const", TB_EINVAL},
+        {"{\"enum\":[\"a\",\"bc\"],\"minLength\":3}", "enum: holds no value", TB_EINVAL},
+        {"{\"const\":5,\"maximum\":4}", "const: holds no value", TB_EINVAL},
+        {"{\"enum\":[1,\"a\"],\"pattern\":\"a\"}", "pattern beside", TB_EUNSUPPORTED},
+        {"{\"const\":{\"a\":1},\"required\":[\"b\"]}", "required beside", TB_EUNSUPPORTED},
+        {"{\"const\":[1],\"items\":{\"type\":\"string\"}}", "items beside", TB_EUNSUPPORTED},
+        {"{\"enum\":[\"a\"],\"minLength\":\"x\"}", "minLength", TB_EINVAL},
         {"{\"uniqueItems\":true}", "uniqueItems", TB_EUNSUPPORTED},
         {"{\"anyOf\":[{\"type\":\"array\"}],\"minItems\":1}", "anyOf beside minItems",
          TB_EUNSUPPORTED},
@@ -337,6 +348,7 @@ static void test_limits(void **state)
     struct tb_grammar *g = make("{\"type\":\"string\",\"pattern\":\"^((a?){1,10000}){1,10000}$\"}");
     assert_int_equal(tb_grammar_feed(g, tb_grammar_start(g), tb_span_str("\"")), 0);
     assert_null(tb_grammar_mask(g, tb_grammar_start(g), 10));
+    assert_true(tb_grammar_too_complex(g));
     tb_grammar_unref(g);
 }
 
@@ -366,6 +378,7 @@ static void test_memory_is_bounded(void **state)
         s = tb_grammar_feed(g, s, tb_span_str("a"));
     if (s == 0) assert_null(tb_grammar_mask(g, tb_grammar_start(g), 10));
     assert_int_equal(tb_grammar_worn(g), s == 0);
+    assert_false(tb_grammar_too_complex(g));
     tb_grammar_unref(g);
 }
 
