@@ -102,6 +102,7 @@ static void destroy(struct tb_backend *be)
     tb_cuda_free(be, c->scratch, c->scratch_bytes);
     tb_cuda_pool_destroy(c->pool);
     if (c->memory) (void)cudaFree(c->memory);
+    (void)cudaGetLastError(); /* this device's failures are none of another one's */
     tb_free(c);
 }
 

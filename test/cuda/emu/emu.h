@@ -32,6 +32,9 @@ extern "C" {
 /* The n-th launch or call from now (1: the next) that works on a device fails, and all after it; 0:
  * all is well again. */
 void emu_fail_after(long n);
+/* The first n of cuBLASLt's two candidates (1 at the start) sum in another order where a product
+ * has more than 32 columns, as a library's may. */
+void emu_vary_products(int n);
 /* Kernels run since the program began. */
 long emu_launches(void);
 

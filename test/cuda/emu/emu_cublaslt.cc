@@ -1,7 +1,7 @@
 /*
- * The emulation's cuBLASLt: one reference product in float32, each sum in the order of K; see
- * emu.h. Algorithms are names without a meaning; the first asks for a workspace, so that callers
- * have one.
+ * The emulation's cuBLASLt: one reference product in float32, each sum in the order of K or, where
+ * emu_vary_products says so, the reverse; see emu.h. There are two algorithms; the first asks for a
+ * workspace, so that callers have one.
  */
 #include "cublasLt.h"
 
@@ -33,6 +33,13 @@ struct emu_preference {
 };
 
 #define ALGO_WORKSPACE ((size_t)4096)
+
+static int n_varying = 1;
+
+void emu_vary_products(int n)
+{
+    n_varying = n;
+}
 
 static float load(cudaDataType type, const void *p, uint64_t i)
 {
@@ -218,7 +225,7 @@ cublasStatus_t cublasLtMatmulAlgoConfigSetAttribute(cublasLtMatmulAlgo_t *algo,
 static void product(const emu_matmul_desc &d, float alpha, const void *a,
                     const emu_matrix_layout &la, const void *b, const emu_matrix_layout &lb,
                     float beta, const void *c, const emu_matrix_layout &lc, void *out,
-                    const emu_matrix_layout &lout)
+                    const emu_matrix_layout &lout, bool backwards)
 {
     uint64_t m = lout.rows, n = lout.cols, k = d.trans_a ? la.rows : la.cols;
     std::vector<float> x(k * m), sum(m); /* x: op(a) transposed, so that the sums' loop is dense */
@@ -228,9 +235,10 @@ static void product(const emu_matmul_desc &d, float alpha, const void *a,
     for (uint64_t j = 0; j < n; j++) {
         sum.assign(m, 0.0f);
         for (uint64_t l = 0; l < k; l++) {
-            float y = load(lb.type, b, d.trans_b ? lb.at(j, l) : lb.at(l, j));
+            uint64_t at = backwards ? k - 1 - l : l;
+            float y = load(lb.type, b, d.trans_b ? lb.at(j, at) : lb.at(at, j));
             for (uint64_t i = 0; i < m; i++)
-                sum[i] += x[l * m + i] * y;
+                sum[i] += x[at * m + i] * y;
         }
         for (uint64_t i = 0; i < m; i++) {
             float z = alpha * sum[i];
@@ -258,7 +266,9 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t d, const vo
     float al, be;
     memcpy(&al, alpha, sizeof(al));
     memcpy(&be, beta, sizeof(be));
-    cudaError_t e = emu_enqueue(stream, "cublasLtMatmul",
-                                [=] { product(desc, al, a, sa, b, sb, be, c, sc, out, so); });
+    bool backwards = algo && algo->data[0] <= (uint64_t)n_varying && n > 32;
+    cudaError_t e = emu_enqueue(stream, "cublasLtMatmul", [=] {
+        product(desc, al, a, sa, b, sb, be, c, sc, out, so, backwards);
+    });
     return e ? CUBLAS_STATUS_EXECUTION_FAILED : CUBLAS_STATUS_SUCCESS;
 }
