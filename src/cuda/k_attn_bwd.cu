@@ -22,7 +22,7 @@
  * float32: tiles of 16 rows and plain FMA. Each block is the only one that uses its shared memory;
  * the thread is the backend's caller.
  */
-#include "cuda/device.cuh"
+#include "cuda/attn.cuh"
 
 #define MAX_HEAD_DIM 256
 #define MIN_HEAD_DIM 4    /* a record fits in a row of dq */
@@ -60,10 +60,6 @@ __device__ static inline bool meet(int window, int query, int nq, int key, int n
 __device__ static inline int query_end(int window, int n, int last)
 {
     return window > 0 && window < n - last ? last + window : n;
-}
-__device__ static inline int first_key(int window, int query)
-{
-    return window > 0 && query >= window ? query - window + 1 : 0;
 }
 /* From a score and dP to P and dS, in place. */
 __device__ static inline void to_grad(float *s, float *dp, float scale, float delta, float lse,
@@ -118,12 +114,7 @@ __device__ static void load_rows(bf16 *dst, int rows, const bf16 *src, size_t ld
         int r = i / (HD / 8), c = i % (HD / 8) * 8, n = r < valid ? hd - c : 0;
         const bf16 *from = n > 0 ? src + (size_t)r * ld + c : src;
         bf16 *to = dst + r * dims<HD>::ld + c;
-        if (vec) {
-            copy16_async(to, from, n <= 0);
-        } else {
-            for (int e = 0; e < 8; e++)
-                to[e] = e < n ? from[e] : __float2bfloat16_rn(0);
-        }
+        load16(to, from, n, vec);
     }
 }
 template <int HD>
@@ -136,12 +127,7 @@ __device__ static void load_records(bf16 *dst, int rows, const struct bwd<bf16> 
     for (int r = (int)threadIdx.x; r < rows; r += (int)blockDim.x) {
         const float *from = r < valid ? src + (size_t)r * ld + record_stats(a->hd) : src;
         float *to = (float *)(void *)(dst + r * dims<HD>::ld + HD);
-        if (a->vec) {
-            copy16_async(to, from, r >= valid);
-        } else {
-            to[0] = r < valid ? from[0] : 0;
-            to[1] = r < valid ? from[1] : 0;
-        }
+        load16(to, from, r < valid ? 2 : 0, a->vec);
     }
 }
 template <int HD>
@@ -161,75 +147,39 @@ __device__ static void load_keys(bf16 *dst, int rows, const struct bwd<bf16> *a,
     load_rows<HD>(dst, rows, src + row * ld + (size_t)head * (size_t)a->hd, ld, valid, a->hd,
                   a->vec);
 }
+/* Of a product of a warp's 16 rows: the row and column that the thread has in d[i]. */
+__device__ static inline int row_of(int i)
+{
+    return (int)threadIdx.x % TB_WARP / 4 + i % 4 / 2 * 8;
+}
+__device__ static inline int col_of(int i)
+{
+    return i / 4 * 8 + (int)threadIdx.x % 4 * 2 + i % 2;
+}
 /* {delta, lse} of a row that load_records has loaded. */
 template <int HD> __device__ static inline const float *stats(const bf16 *records, int row)
 {
     return (const float *)(const void *)(records + row * dims<HD>::ld + HD);
 }
 
-/* d [16, N] = own [16, HD] walked[N, HD]^T */
-template <int HD, int N>
-__device__ static inline void rows_by_rows(float d[N / 8][4], const bf16 *own, const bf16 *walked)
-{
-    constexpr int ld = dims<HD>::ld;
-    int lane = (int)threadIdx.x % TB_WARP;
-    const bf16 *a_row = own + lane % 16 * ld + lane / 16 * 8;
-    const bf16 *b_row = walked + (lane / 16 * 8 + lane % 8) * ld + lane / 8 % 2 * 8;
-#pragma unroll
-    for (int n = 0; n < N / 8; n++)
-        d[n][0] = d[n][1] = d[n][2] = d[n][3] = 0;
-#pragma unroll 4
-    for (int k = 0; k < HD; k += 16) {
-        uint32_t a[4], b[4];
-        ldmatrix_x4(a, a_row + k);
-#pragma unroll
-        for (int n = 0; n < N; n += 16) {
-            ldmatrix_x4(b, b_row + n * ld + k);
-            mma_bf16(d[n / 8], a, b);
-            mma_bf16(d[n / 8 + 1], a, b + 2);
-        }
-    }
-}
-/* sum [16, COLS] += x [16, N] walked[N, COLS], x rounded to bf16 */
-template <int HD, int COLS, int N>
-__device__ static inline void accumulate(float sum[COLS / 8][4], const float x[N / 8][4],
-                                         const bf16 *walked)
-{
-    constexpr int ld = dims<HD>::ld;
-    int lane = (int)threadIdx.x % TB_WARP;
-    const bf16 *b_row = walked + lane % 16 * ld + lane / 16 * 8;
-#pragma unroll
-    for (int k = 0; k < N; k += 16) {
-        const float *lo = x[k / 8], *hi = x[k / 8 + 1];
-        uint32_t a[4] = {pack_bf16(lo[0], lo[1]), pack_bf16(lo[2], lo[3]), pack_bf16(hi[0], hi[1]),
-                         pack_bf16(hi[2], hi[3])};
-        uint32_t b[4];
-#pragma unroll
-        for (int n = 0; n < COLS; n += 16) {
-            ldmatrix_x4_trans(b, b_row + k * ld + n);
-            mma_bf16(sum[n / 8], a, b);
-            mma_bf16(sum[n / 8 + 1], a, b + 2);
-        }
-    }
-}
 /* Writes the first `valid` of a warp's 16 rows; sum holds columns [col, col + COLS) of hd. */
 template <int COLS>
-__device__ static void store_rows(float *dst, size_t ld, const float sum[COLS / 8][4], int col,
+__device__ static void store_rows(float *dst, size_t ld, const float sum[COLS / 2], int col,
                                   int valid, int hd, bool vec)
 {
-    int lane = (int)threadIdx.x % TB_WARP;
 #pragma unroll
     for (int e = 0; e < 4; e += 2) {
-        int r = lane / 4 + e * 4, c = col + lane % 4 * 2;
+        int r = row_of(e), c = col + col_of(e);
         float *to = dst + (size_t)r * ld + c;
         if (r >= valid) continue;
 #pragma unroll
-        for (int n = 0; n < COLS / 8; n++) {
-            if (vec && c + n * 8 < hd) {
-                *(float2 *)(void *)(to + n * 8) = make_float2(sum[n][e], sum[n][e + 1]);
+        for (int n = 0; n < COLS; n += 8) {
+            float x = sum[n / 2 + e], y = sum[n / 2 + e + 1];
+            if (vec && c + n < hd) {
+                *(float2 *)(void *)(to + n) = make_float2(x, y);
             } else {
-                if (c + n * 8 < hd) to[n * 8] = sum[n][e];
-                if (c + n * 8 + 1 < hd) to[n * 8 + 1] = sum[n][e + 1];
+                if (c + n < hd) to[n] = x;
+                if (c + n + 1 < hd) to[n + 1] = y;
             }
         }
     }
@@ -244,12 +194,12 @@ __global__ __launch_bounds__(dims<HD>::warps *dims<HD>::split *TB_WARP) static v
     TB_DYN_SHARED(bf16, keys);
     bf16 *values = keys + own * ld, *walked = values + own * ld; /* [2]: queries, records */
     const struct tile t = tiles[blockIdx.x];
-    int warp = (int)threadIdx.x / TB_WARP, lane = (int)threadIdx.x % TB_WARP;
+    int warp = (int)threadIdx.x / TB_WARP;
     int kv_head = (int)blockIdx.y, group = a.n_head / a.n_kv_head;
     int end = query_end(a.window, t.n, t.first + own - 1);
     int n_steps = div_up(end - t.first, step), total = group * n_steps;
     int mine = warp % dims<HD>::warps * 16, col = warp / dims<HD>::warps * cols;
-    float dk[cols / 8][4] = {}, dv[cols / 8][4] = {};
+    float dk[cols / 2] = {}, dv[cols / 2] = {};
     auto fetch = [&](int i) {
         int head = kv_head * group + i / n_steps, query = t.first + i % n_steps * step;
         bf16 *dst = walked + i % 2 * (2 * step * ld);
@@ -268,21 +218,17 @@ __global__ __launch_bounds__(dims<HD>::warps *dims<HD>::split *TB_WARP) static v
         copy_async_wait<1>();
         __syncthreads();
         if (key < t.n && meet(a.window, query, step, key, 16)) {
-            float s[step / 8][4], dp[step / 8][4];
-            rows_by_rows<HD, step>(s, keys + mine * ld, queries);
-            rows_by_rows<HD, step>(dp, values + mine * ld, records);
+            float s[step / 2], dp[step / 2];
+            rows_by_rows<1, step, HD, ld>(s, keys + mine * ld, queries);
+            rows_by_rows<1, step, HD, ld>(dp, values + mine * ld, records);
 #pragma unroll
-            for (int n = 0; n < step / 8; n++) {
-#pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    int r = n * 8 + lane % 4 * 2 + e % 2;
-                    const float *st = stats<HD>(records, r);
-                    to_grad(&s[n][e], &dp[n][e], a.scale, st[0], st[1],
-                            sees(a.window, query + r, key + lane / 4 + e / 2 * 8));
-                }
+            for (int i = 0; i < step / 2; i++) {
+                int r = row_of(i), c = col_of(i);
+                const float *st = stats<HD>(records, c);
+                to_grad(&s[i], &dp[i], a.scale, st[0], st[1], sees(a.window, query + c, key + r));
             }
-            accumulate<HD, cols, step>(dv, s, records + col);
-            accumulate<HD, cols, step>(dk, dp, queries + col);
+            add_product<1, cols, step, ld>(dv, s, records + col);
+            add_product<1, cols, step, ld>(dk, dp, queries + col);
         }
         __syncthreads();
     }
@@ -302,11 +248,11 @@ __launch_bounds__(dims<HD>::warps *TB_WARP) static void k_queries(struct bwd<bf1
     TB_DYN_SHARED(bf16, queries);
     bf16 *records = queries + own * ld, *walked = records + own * ld; /* [2]: keys, values */
     const struct tile t = tiles[gridDim.x - 1 - blockIdx.x]; /* those with more keys first */
-    int warp = (int)threadIdx.x / TB_WARP, lane = (int)threadIdx.x % TB_WARP;
+    int warp = (int)threadIdx.x / TB_WARP;
     int head = (int)blockIdx.y, kv_head = head / (a.n_head / a.n_kv_head);
     int begin = first_key(a.window, t.first) / step * step, end = min(t.n, t.first + own);
     int mine = warp * 16, query = t.first + mine;
-    float dq[HD / 8][4] = {};
+    float dq[HD / 2] = {};
     auto fetch = [&](int key) {
         bf16 *dst = walked + key / step % 2 * (2 * step * ld);
         load_keys<HD>(dst, step, &a, a.k, (size_t)(t.row + key), kv_head, t.n - key);
@@ -323,20 +269,16 @@ __launch_bounds__(dims<HD>::warps *TB_WARP) static void k_queries(struct bwd<bf1
         copy_async_wait<1>();
         __syncthreads();
         if (query < t.n && meet(a.window, query, 16, key, step)) {
-            float s[step / 8][4], dp[step / 8][4];
-            rows_by_rows<HD, step>(s, queries + mine * ld, keys);
-            rows_by_rows<HD, step>(dp, records + mine * ld, values);
+            float s[step / 2], dp[step / 2];
+            rows_by_rows<1, step, HD, ld>(s, queries + mine * ld, keys);
+            rows_by_rows<1, step, HD, ld>(dp, records + mine * ld, values);
 #pragma unroll
-            for (int n = 0; n < step / 8; n++) {
-#pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    int r = lane / 4 + e / 2 * 8;
-                    const float *st = stats<HD>(records, mine + r);
-                    to_grad(&s[n][e], &dp[n][e], a.scale, st[0], st[1],
-                            sees(a.window, query + r, key + n * 8 + lane % 4 * 2 + e % 2));
-                }
+            for (int i = 0; i < step / 2; i++) {
+                int r = row_of(i), c = col_of(i);
+                const float *st = stats<HD>(records, mine + r);
+                to_grad(&s[i], &dp[i], a.scale, st[0], st[1], sees(a.window, query + r, key + c));
             }
-            accumulate<HD, HD, step>(dq, dp, keys);
+            add_product<1, HD, step, ld>(dq, dp, keys);
         }
         __syncthreads();
     }
@@ -547,11 +489,6 @@ static void run(struct tb_cuda *c, const struct bwd<float> &a, const struct tb_a
     each_tiles(c, seqs, n_seqs, F32_TILE, [&](const struct tile *tiles, unsigned n) {
         TB_LAUNCH(c, k_queries_f32, dim3(n, (unsigned)a.n_head), threads, smem, a, tiles);
     });
-}
-
-static bool aligned16(const void *p)
-{
-    return (uintptr_t)p % 16 == 0;
 }
 
 static void attention_bwd(struct tb_backend *be, const struct tb_attn_shape *s,
