@@ -1,5 +1,5 @@
 /*
- * Choice of a backend by the names that --backend and --dtype take; how memory is counted.
+ * Choice of a backend by the names that --backend and --dtype take.
  *
  * Owner: the caller owns the backend and ends it with ops->destroy. Thread: any, before the backend
  * is shared.
@@ -7,45 +7,30 @@
 #include "backend/backend.h"
 
 #include <string.h>
+#include <unistd.h>
 
 #include "backend/cpu/cpu.h"
+#include "backend/module.h"
+#include "util/log.h"
 
-size_t tb_backend_room(const struct tb_backend *be)
+/* Whether there is a driver to ask: a look that costs nothing, unlike CUDA's libraries. */
+static bool has_nvidia_device(void)
 {
-    if (!be->mem_limit) return SIZE_MAX;
-    size_t freed = be->reclaimer ? be->reclaimer->reclaimable(be->reclaimer_arg) : 0;
-    size_t kept = be->mem_used - freed;
-    return kept < be->mem_limit ? be->mem_limit - kept : 0;
+    return access("/dev/nvidiactl", F_OK) == 0 || access("/dev/dxg", F_OK) == 0;
 }
 
-bool tb_backend_charge(struct tb_backend *be, size_t bytes)
+/* bf16 where the device has instructions for it. */
+static int parse_dtype(const char *dtype, bool has_bf16, enum tb_dtype *out, struct tb_error *err)
 {
-    if (!tb_backend_fits(be, bytes) && be->reclaimer) {
-        be->reclaim_error.code = 0;
-        be->reclaimer->reclaim(be->reclaimer_arg, bytes);
-    }
-    if (!tb_backend_fits(be, bytes)) return false;
-    be->mem_used += bytes;
-    return true;
-}
-
-void tb_backend_uncharge(struct tb_backend *be, size_t bytes)
-{
-    be->mem_used -= bytes;
-}
-
-int tb_backend_no_memory(const struct tb_backend *be, struct tb_error *err, size_t bytes,
-                         const char *what)
-{
-    const double mib = 1 << 20;
-    if (tb_backend_fits(be, bytes) || !be->mem_limit)
-        return tb_error_set(err, TB_ENOMEM, "%s need %.1f MiB; the machine has no more", what,
-                            (double)bytes / mib);
-    const struct tb_error *why = &be->reclaim_error;
-    return tb_error_set(
-        err, TB_ENOMEM, "%s need %.1f MiB; %.1f MiB of the limit of %.1f MiB are free%s%s", what,
-        (double)bytes / mib, (double)tb_backend_room(be) / mib, (double)be->mem_limit / mib,
-        why->code ? ", but " : "", why->code ? why->msg : "");
+    if (!dtype || strcmp(dtype, "auto") == 0)
+        *out = has_bf16 ? TB_BF16 : TB_F32;
+    else if (strcmp(dtype, "bf16") == 0)
+        *out = TB_BF16;
+    else if (strcmp(dtype, "f32") == 0)
+        *out = TB_F32;
+    else
+        return tb_error_set(err, TB_EINVAL, "unknown dtype '%s': auto, bf16 or f32", dtype);
+    return 0;
 }
 
 int tb_backend_create(struct tb_backend **out, const char *name, const char *dtype,
@@ -53,18 +38,25 @@ int tb_backend_create(struct tb_backend **out, const char *name, const char *dty
 {
     struct tb_backend_options o = {0};
     if (options) o = *options;
+    if (!name) name = "auto";
     *out = NULL;
-    if (name && strcmp(name, "cuda") == 0)
-        return tb_error_set(err, TB_EUNSUPPORTED, "this build has no CUDA backend");
-    if (name && strcmp(name, "auto") != 0 && strcmp(name, "cpu") != 0)
+    bool cpu = strcmp(name, "cpu") == 0, cuda = strcmp(name, "cuda") == 0;
+    if (!cpu && !cuda && strcmp(name, "auto") != 0)
         return tb_error_set(err, TB_EINVAL, "unknown backend '%s': auto, cpu or cuda", name);
-    if (!dtype || strcmp(dtype, "auto") == 0)
-        o.act = tb_cpu_has_bf16(o.isa) ? TB_BF16 : TB_F32;
-    else if (strcmp(dtype, "bf16") == 0)
-        o.act = TB_BF16;
-    else if (strcmp(dtype, "f32") == 0)
-        o.act = TB_F32;
-    else
-        return tb_error_set(err, TB_EINVAL, "unknown dtype '%s': auto, bf16 or f32", dtype);
+    int rc = parse_dtype(dtype, true, &o.act, err);
+    if (rc) return rc;
+    if (!cpu) {
+        struct tb_error why = {0};
+        rc = cuda || has_nvidia_device()
+                 ? tb_module_create(out, &o, &why)
+                 : tb_error_set(&why, TB_EUNSUPPORTED, "no NVIDIA device is there");
+        if (rc == 0) return 0;
+        if (cuda) {
+            *err = why;
+            return rc;
+        }
+        tb_log(TB_LOG_INFO, "backend", "auto takes the CPU: %s", why.msg);
+    }
+    (void)parse_dtype(dtype, tb_cpu_has_bf16(o.isa), &o.act, err);
     return tb_backend_cpu_create(out, &o, err);
 }

@@ -352,8 +352,9 @@ static void test_create(void **state)
     struct tb_backend *be = NULL;
     struct tb_error err = {0};
     char line[128];
+    setenv("TB_CUDA_MODULE", "/nowhere/tb-cuda.so", 1); /* auto is the CPU, whatever is here */
     assert_int_equal(tb_backend_create(&be, "cuda", "auto", NULL, &err), TB_EUNSUPPORTED);
-    assert_string_equal(err.msg, "this build has no CUDA backend");
+    assert_string_equal(err.msg, "the CUDA backend is not installed: no /nowhere/tb-cuda.so");
     assert_null(be);
     assert_int_equal(tb_backend_create(&be, "tpu", "auto", NULL, &err), TB_EINVAL);
     assert_int_equal(tb_backend_create(&be, "cpu", "int8", NULL, &err), TB_EINVAL);
