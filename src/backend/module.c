@@ -4,8 +4,9 @@
 #include <dlfcn.h>
 #include <limits.h>
 #include <stdlib.h>
-#include <string.h>
 #include <unistd.h>
+
+#include "util/mem.h"
 
 static void log_line(void *arg, enum tb_log_level level, const char *module, const char *text)
 {
@@ -13,44 +14,49 @@ static void log_line(void *arg, enum tb_log_level level, const char *module, con
     tb_log(level, module, "%s", text);
 }
 
-/* The build tree has src/server/tinkerbell and src/cuda/tb-cuda.so. */
-static bool beside_program(char out[PATH_MAX])
+/* The build tree has src/server/tinkerbell and src/cuda/tb-cuda.so. NULL: it is not there. */
+static char *beside_program(void)
 {
-    ssize_t n = readlink("/proc/self/exe", out, PATH_MAX - sizeof("/../cuda/" TB_MODULE_FILE));
-    if (n <= 0) return false;
-    out[n] = '\0';
-    char *name = strrchr(out, '/');
-    if (!name) return false;
-    strcpy(name, "/../cuda/" TB_MODULE_FILE);
-    return access(out, R_OK) == 0;
+    char exe[PATH_MAX];
+    ssize_t n = readlink("/proc/self/exe", exe, sizeof(exe));
+    while (n > 0 && exe[n - 1] != '/')
+        n--;
+    if (n <= 0) return NULL;
+    char *path = tb_asprintf("%.*s../cuda/" TB_MODULE_FILE, (int)n, exe);
+    if (access(path, R_OK) == 0) return path;
+    tb_free(path);
+    return NULL;
 }
 
-static int find(char out[PATH_MAX], struct tb_error *err)
+static char *find(void)
 {
     const char *named = getenv("TB_CUDA_MODULE");
-    const char *installed = TB_MODULE_DIR "/" TB_MODULE_FILE;
-    if (!named && beside_program(out)) return 0;
-    const char *path = named ? named : installed;
+    char *path = named ? NULL : beside_program();
+    return path ? path : tb_strdup(named ? named : TB_MODULE_DIR "/" TB_MODULE_FILE);
+}
+
+static int load(const char *path, tb_module_entry **entry, struct tb_error *err)
+{
     if (access(path, R_OK) != 0)
         return tb_error_set(err, TB_EUNSUPPORTED, "the CUDA backend is not installed: no %s", path);
-    if (strlen(path) >= PATH_MAX)
-        return tb_error_set(err, TB_EINVAL, "TB_CUDA_MODULE: more than %d bytes", PATH_MAX - 1);
-    strcpy(out, path);
+    /* CUDA's libraries leave threads and exit handlers behind: it is never unloaded. */
+    void *module = dlopen(path, RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);
+    if (!module)
+        return tb_error_set(err, TB_EUNSUPPORTED, "the CUDA backend cannot be loaded: %s",
+                            dlerror());
+    *(void **)entry = dlsym(module, TB_MODULE_ENTRY);
+    if (!*entry) return tb_error_set(err, TB_EUNSUPPORTED, "%s is no CUDA backend", path);
     return 0;
 }
 
 int tb_module_create(struct tb_backend **out, const struct tb_backend_options *options,
                      struct tb_error *err)
 {
-    char path[PATH_MAX], stamp[TB_MODULE_STAMP];
+    char stamp[TB_MODULE_STAMP], *path = find();
     tb_module_entry *entry;
-    int rc = find(path, err);
+    int rc = load(path, &entry, err);
+    tb_free(path);
     if (rc) return rc;
-    /* CUDA's libraries leave threads and exit handlers behind: it is never unloaded. */
-    void *module = dlopen(path, RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);
-    if (!module) return tb_error_set(err, TB_EUNSUPPORTED, "the CUDA backend: %s", dlerror());
-    *(void **)&entry = dlsym(module, TB_MODULE_ENTRY);
-    if (!entry) return tb_error_set(err, TB_EUNSUPPORTED, "%s is no backend of Tinkerbell's", path);
     tb_module_stamp(stamp, TB_VERSION);
     return entry(stamp, tb_log_level(), log_line, out, options, err);
 }
