@@ -15,9 +15,8 @@ struct f16 {
 __device__ static inline float load_act(const f16 *p)
 {
     uint32_t sign = (uint32_t)(p->bits & 0x8000u) << 16, size = (uint32_t)(p->bits & 0x7fffu) << 13;
-    bool finite = size < 0x7c00u << 13;
-    float f = __uint_as_float(finite ? size : size | 0x7f800000u);
-    return __uint_as_float(__float_as_uint(finite ? f * 0x1p112f : f) | sign);
+    if (size >= 0x7c00u << 13) size |= 0x7f800000u; /* infinite or NaN, and stays so */
+    return __uint_as_float(__float_as_uint(__uint_as_float(size) * 0x1p112f) | sign);
 }
 
 template <bool vec, typename T>

@@ -216,6 +216,21 @@ static void call_qkv_post(struct tb_backend *be, const struct call *c, char **p,
     be->ops->qkv_post(be, &c->s, FLOATS(p[0]), T, (int32_t *)(void *)p[1], FLOATS(p[2]),
                       FLOATS(p[3]), c->rope, c->norm ? norm : NULL,
                       c->norm ? norm + c->s.head_dim : NULL, 1e-6f, p[5], p[6], p[7], p[8]);
+    if (!c->norm) return;
+    /* The norms see rounded values. */
+    size_t raw_row = c->a[0].n, kept_row = c->a[8].n, e = tb_dtype_size(be->act);
+    float *raw = malloc((size_t)T * raw_row * sizeof(*raw));
+    memcpy(raw, p[0], (size_t)T * raw_row * sizeof(*raw));
+    for (size_t i = 0; i < (size_t)T * kept_row; i++)
+        raw[i / kept_row * raw_row + i % kept_row] = tb_load(be->act, p[8], i);
+    char *q = malloc((size_t)T * c->a[5].n * e), *k = malloc((size_t)T * c->a[6].n * e);
+    be->ops->qkv_post(be, &c->s, raw, T, (int32_t *)(void *)p[1], FLOATS(p[2]), FLOATS(p[3]),
+                      c->rope, norm, norm + c->s.head_dim, 1e-6f, q, k, p[7], NULL);
+    assert_same_bits("q of rounded values", q, p[5], (size_t)T * c->a[5].n * e);
+    assert_same_bits("k of rounded values", k, p[6], (size_t)T * c->a[6].n * e);
+    free(raw);
+    free(q);
+    free(k);
 }
 
 static void call_qkv_post_bwd(struct tb_backend *be, const struct call *c, char **p, int T)
