@@ -26,6 +26,7 @@
 #define TB_GRAMMAR_NEVER     (1u << 30)  /* the shortest text of a rule that never ends */
 #define TB_GRAMMAR_UNBOUNDED UINT32_MAX
 #define TB_NODE_EMPTY        0u
+#define TB_STATE_UNKNOWN     UINT32_MAX /* not walked yet */
 
 enum tb_node_type {
     TB_NODE_NOTHING,
@@ -58,7 +59,7 @@ struct tb_state {
     uint32_t first, n; /* in members */
     uint32_t rest;
     bool complete;
-    uint32_t *next; /* [n_classes], 0: dead, UNKNOWN: not walked yet; NULL: none walked */
+    uint32_t *next; /* [n_classes], 0: dead, or not walked yet; NULL: none walked */
     uint32_t mask;  /* 1 + slot of its kept mask, or 0 */
 };
 
@@ -131,14 +132,24 @@ uint32_t tb_states_step(struct tb_grammar *g, uint32_t state, unsigned char byte
 size_t tb_states_bytes(const struct tb_grammar *g); /* of frames and states */
 
 /* ---- vocab.c */
+struct tb_token_list { /* by bytes */
+    int32_t n;
+    int32_t *ids;     /* [n] */
+    uint16_t *shared; /* [n] bytes in common with the one before */
+    uint32_t *at;     /* [n + 1] the others, in bytes */
+    uint8_t *bytes;
+};
+
+/* Most tokens are plain: whole characters that stand for themselves in a string of JSON. Inside of
+ * one they are allowed by their number of characters, so nothing has to be walked. */
+#define TB_GRAMMAR_PLAIN 16 /* characters; longer ones count as rough */
 struct tb_vocab {
     _Atomic int refs;
     const struct tb_tokenizer *t;
-    int32_t n;      /* columns */
-    int32_t n_text; /* tokens with bytes */
+    int32_t n; /* columns */
     int32_t longest;
-    int32_t *order;   /* [n_text] by bytes */
-    uint16_t *shared; /* [n_text] bytes in common with the one before */
+    struct tb_token_list all, rough;       /* with bytes; of these, those that are not plain */
+    uint64_t *plain[TB_GRAMMAR_PLAIN + 1]; /* by characters: bits [n]; NULL: there are none */
 };
 
 /* ---- json.c: rules of JSON. The space between tokens of JSON is at most one blank, or a line's

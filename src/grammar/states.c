@@ -6,8 +6,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define UNKNOWN UINT32_MAX
-
 size_t tb_states_bytes(const struct tb_grammar *g)
 {
     return g->bytes + (size_t)g->cap_frames * sizeof(*g->frames) +
@@ -247,10 +245,10 @@ uint32_t tb_states_step(struct tb_grammar *g, uint32_t state, unsigned char byte
             return 0;
         }
         next = g->states[state].next = tb_malloc(size);
-        memset(next, 0xff, size); /* UNKNOWN */
+        memset(next, 0xff, size); /* TB_STATE_UNKNOWN */
         g->bytes += size;
     }
-    if (next[class] != UNKNOWN) return next[class];
+    if (next[class] != TB_STATE_UNKNOWN) return next[class];
     g->closure.n = 0;
     g->step++;
     struct tb_state s = g->states[state];

@@ -1,12 +1,10 @@
 /*
- * Tokens by their bytes, and the masks of a grammar's states over them (grammar.h).
+ * A tokenizer's tokens by their bytes, for the masks of grammars (grammar.h).
  */
 #include <stdlib.h>
 #include <string.h>
 
 #include "grammar/rules.h"
-
-/* ---- vocabulary */
 
 struct entry {
     struct tb_span bytes;
@@ -30,10 +28,70 @@ static size_t common(struct tb_span a, struct tb_span b)
     return i;
 }
 
+/* Characters of a token that is plain, else 0. */
+static size_t plain_length(struct tb_span s)
+{
+    size_t n = 0;
+    if (!tb_utf8_valid(s.p, s.n)) return 0;
+    for (size_t i = 0; i < s.n; i++) {
+        unsigned char c = (unsigned char)s.p[i];
+        if (c < 0x20 || c == '"' || c == '\\' || c == 0x7f) return 0;
+        n += (c & 0xc0) != 0x80;
+    }
+    return n <= TB_GRAMMAR_PLAIN ? n : 0;
+}
+
+static void list_fini(struct tb_token_list *l)
+{
+    tb_free(l->ids);
+    tb_free(l->shared);
+    tb_free(l->at);
+    tb_free(l->bytes);
+}
+
+/* Of n sorted tokens; false when memory is out. */
+static bool list_init(struct tb_token_list *l, const struct entry *e, int32_t n)
+{
+    size_t bytes = 0;
+    l->ids = tb_try_calloc((size_t)n + 1, sizeof(*l->ids));
+    l->shared = tb_try_calloc((size_t)n + 1, sizeof(*l->shared));
+    l->at = tb_try_calloc((size_t)n + 1, sizeof(*l->at));
+    if (!l->ids || !l->shared || !l->at) return false;
+    l->n = n;
+    for (int32_t i = 0; i < n; i++) {
+        l->ids[i] = e[i].id;
+        l->shared[i] = i ? (uint16_t)common(e[i - 1].bytes, e[i].bytes) : 0;
+        l->at[i] = (uint32_t)bytes;
+        bytes += e[i].bytes.n - l->shared[i];
+    }
+    l->at[n] = (uint32_t)bytes;
+    l->bytes = bytes <= UINT32_MAX ? tb_try_malloc(bytes + 1) : NULL;
+    for (int32_t i = 0; l->bytes && i < n; i++)
+        memcpy(l->bytes + l->at[i], e[i].bytes.p + l->shared[i], e[i].bytes.n - l->shared[i]);
+    return l->bytes != NULL;
+}
+
+/* Takes the plain tokens out of e, where the n_rough others then are. */
+static bool take_plain(struct tb_vocab *v, struct entry *e, int32_t n, int32_t *n_rough)
+{
+    *n_rough = 0;
+    for (int32_t i = 0; i < n; i++) {
+        size_t k = plain_length(e[i].bytes), words = ((size_t)v->n + 63) / 64;
+        if (k == 0) {
+            e[(*n_rough)++] = e[i];
+            continue;
+        }
+        if (!v->plain[k]) v->plain[k] = tb_try_calloc(words, sizeof(uint64_t));
+        if (!v->plain[k]) return false;
+        v->plain[k][e[i].id / 64] |= 1ull << e[i].id % 64;
+    }
+    return true;
+}
+
 int tb_vocab_create(const struct tb_tokenizer *t, int32_t n_tokens, struct tb_vocab **out,
                     struct tb_error *err)
 {
-    int32_t n_known = TB_MIN(tb_tokenizer_vocab_size(t), n_tokens), n = 0;
+    int32_t n_known = TB_MIN(tb_tokenizer_vocab_size(t), n_tokens), n = 0, n_rough;
     bool single[256] = {false};
     struct entry *e = tb_try_calloc((size_t)n_known + 1, sizeof(*e));
     struct tb_vocab *v = tb_try_calloc(1, sizeof(*v));
@@ -57,17 +115,13 @@ int tb_vocab_create(const struct tb_tokenizer *t, int32_t n_tokens, struct tb_vo
         goto out;
     }
     qsort(e, (size_t)n, sizeof(*e), by_bytes);
-    v->order = tb_try_calloc((size_t)n + 1, sizeof(*v->order));
-    v->shared = tb_try_calloc((size_t)n + 1, sizeof(*v->shared));
-    if (!v->order || !v->shared) goto out;
     v->t = t;
     v->n = n_tokens;
-    v->n_text = n;
-    for (int32_t i = 0; i < n; i++) {
-        v->order[i] = e[i].id;
-        v->shared[i] = i ? (uint16_t)common(e[i - 1].bytes, e[i].bytes) : 0;
+    for (int32_t i = 0; i < n; i++)
         v->longest = TB_MAX(v->longest, (int32_t)e[i].bytes.n);
-    }
+    if (!list_init(&v->all, e, n) || !take_plain(v, e, n, &n_rough) ||
+        !list_init(&v->rough, e, n_rough))
+        goto out;
     rc = 0;
 out:
     tb_free(e);
@@ -84,127 +138,14 @@ out:
 void tb_vocab_unref(struct tb_vocab *v)
 {
     if (!v || atomic_fetch_sub_explicit(&v->refs, 1, memory_order_acq_rel) != 1) return;
-    tb_free(v->order);
-    tb_free(v->shared);
+    list_fini(&v->all);
+    list_fini(&v->rough);
+    for (int k = 0; k <= TB_GRAMMAR_PLAIN; k++)
+        tb_free(v->plain[k]);
     tb_free(v);
 }
 
 int32_t tb_vocab_size(const struct tb_vocab *v)
 {
     return v->n;
-}
-
-/* ---- grammar */
-
-void tb_grammar_ref(struct tb_grammar *g)
-{
-    atomic_fetch_add_explicit(&g->refs, 1, memory_order_relaxed);
-}
-
-void tb_grammar_unref(struct tb_grammar *g)
-{
-    if (g && atomic_fetch_sub_explicit(&g->refs, 1, memory_order_acq_rel) == 1) tb_rules_destroy(g);
-}
-
-uint32_t tb_grammar_start(const struct tb_grammar *g)
-{
-    return g->start;
-}
-
-uint32_t tb_grammar_shortest(const struct tb_grammar *g)
-{
-    return g->states[g->start].rest;
-}
-
-uint32_t tb_grammar_feed(struct tb_grammar *g, uint32_t state, struct tb_span bytes)
-{
-    g->work = 0;
-    for (size_t i = 0; i < bytes.n && state; i++)
-        state = tb_states_step(g, state, (unsigned char)bytes.p[i]);
-    return state;
-}
-
-uint32_t tb_grammar_accept(struct tb_grammar *g, uint32_t state, int32_t token)
-{
-    struct tb_span s;
-    if (tb_tokenizer_is_special(g->vocab->t, token) ||
-        tb_tokenizer_token_bytes(g->vocab->t, token, &s) || s.n == 0)
-        return 0;
-    return tb_grammar_feed(g, state, s);
-}
-
-bool tb_grammar_complete(const struct tb_grammar *g, uint32_t state)
-{
-    return g->states[state].complete;
-}
-
-bool tb_grammar_final(const struct tb_grammar *g, uint32_t state)
-{
-    return g->states[state].complete && g->states[state].n == 0;
-}
-
-/* Walks all tokens in order, from the states along the token before as far as they share bytes.
- * Returns the longest completion that any of them asks for. */
-static uint32_t fill(struct tb_grammar *g, uint32_t state, uint32_t left, uint64_t *mask)
-{
-    const struct tb_vocab *v = g->vocab;
-    size_t dead = SIZE_MAX; /* the first so many bytes of the last token match nothing */
-    uint32_t most = 0;
-    memset(mask, 0, ((size_t)v->n + 63) / 64 * sizeof(*mask));
-    g->path[0] = state;
-    g->work = 0;
-    for (int32_t i = 0; i < v->n_text; i++) {
-        size_t at = v->shared[i];
-        if (at >= dead) continue;
-        dead = SIZE_MAX;
-        struct tb_span s;
-        tb_tokenizer_token_bytes(v->t, v->order[i], &s);
-        for (; at < s.n; at++) {
-            uint32_t to = tb_states_step(g, g->path[at], (unsigned char)s.p[at]);
-            if (!to) {
-                dead = at + 1;
-                break;
-            }
-            g->path[at + 1] = to;
-        }
-        if (dead != SIZE_MAX) continue;
-        uint32_t rest = g->states[g->path[s.n]].rest;
-        most = TB_MAX(most, rest);
-        if (rest < left) mask[v->order[i] / 64] |= 1ull << v->order[i] % 64;
-    }
-    return most;
-}
-
-const uint64_t *tb_grammar_mask(struct tb_grammar *g, uint32_t state, uint32_t left)
-{
-    size_t words = ((size_t)g->vocab->n + 63) / 64;
-    if (!g->masks) g->masks = tb_try_calloc((TB_GRAMMAR_MASKS + 1) * words, sizeof(*g->masks));
-    if (!g->path) g->path = tb_try_calloc((size_t)g->vocab->longest + 1, sizeof(*g->path));
-    if (!g->masks || !g->path) return NULL;
-    struct tb_state *s = &g->states[state];
-    if (s->mask && g->mask_most[s->mask - 1] < left) return g->masks + (s->mask - 1) * words;
-    uint32_t most = fill(g, state, left, g->masks + TB_GRAMMAR_MASKS * words);
-    if (g->failed || tb_states_bytes(g) > TB_GRAMMAR_MAX_BYTES / 2)
-        atomic_store_explicit(&g->worn, true, memory_order_relaxed);
-    if (g->failed) return NULL;
-    s = &g->states[state];
-    if (most >= left || s->mask) return g->masks + TB_GRAMMAR_MASKS * words;
-    /* nothing was left out: keep it for the next time */
-    uint32_t slot = g->next_mask++ % TB_GRAMMAR_MASKS;
-    if (g->mask_owner[slot]) g->states[g->mask_owner[slot]].mask = 0;
-    g->mask_owner[slot] = state;
-    g->mask_most[slot] = most;
-    s->mask = slot + 1;
-    memcpy(g->masks + slot * words, g->masks + TB_GRAMMAR_MASKS * words, words * sizeof(uint64_t));
-    return g->masks + slot * words;
-}
-
-bool tb_grammar_worn(const struct tb_grammar *g)
-{
-    return atomic_load_explicit(&g->worn, memory_order_relaxed);
-}
-
-bool tb_grammar_too_complex(const struct tb_grammar *g)
-{
-    return atomic_load_explicit(&g->too_complex, memory_order_relaxed);
 }

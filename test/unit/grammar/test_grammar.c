@@ -13,9 +13,8 @@
 #include <cmocka.h>
 #include <jansson.h>
 
-#include "grammar/grammar.h"
+#include "grammar/rules.h"
 #include "util/buf.h"
-#include "util/mem.h"
 #include "util/philox.h"
 
 static struct tb_tokenizer *tok;
@@ -164,28 +163,52 @@ static bool allowed(const uint64_t *mask, int32_t id)
     return mask[id / 64] >> id % 64 & 1;
 }
 
-static void test_mask_is_each_token(void **state)
+/* A mask made and kept, with room for every token, and one with little room. */
+static void expect_masks(const char *schema, const char *prefix)
 {
-    struct tb_grammar *g = make(TEXTS[1].schema);
-    static const char *const prefixes[] = {"",
-                                           "{",
-                                           "{\"n",
-                                           "{\"n\": \"a",
-                                           "{\"n\":\"\xc3",
-                                           "{\"n\":\"abc",
-                                           "{\"n\":\"a\", \"k\":1",
-                                           "{\"n\":\"a\"}"};
-    for (size_t i = 0; i < TB_ARRAY_LEN(prefixes); i++) {
-        uint32_t s = tb_grammar_feed(g, tb_grammar_start(g), tb_span_str(prefixes[i]));
-        assert_int_not_equal(s, 0);
-        for (int again = 0; again < 2; again++) { /* made, then kept */
-            const uint64_t *mask = tb_grammar_mask(g, s, 1000);
-            assert_non_null(mask);
-            for (int32_t id = 0; id < tb_vocab_size(vocab); id++)
-                if (allowed(mask, id) != (tb_grammar_accept(g, s, id) != 0))
-                    fail_msg("after \"%s\", token %d", prefixes[i], id);
+    struct tb_grammar *g = make(schema);
+    uint32_t s = tb_grammar_feed(g, tb_grammar_start(g), tb_span_str(prefix));
+    assert_int_not_equal(s, 0);
+    for (int again = 0; again < 2; again++) {
+        const uint64_t *mask = tb_grammar_mask(g, s, 1000);
+        assert_non_null(mask);
+        for (int32_t id = 0; id < tb_vocab_size(vocab); id++)
+            if (allowed(mask, id) != (tb_grammar_accept(g, s, id) != 0))
+                fail_msg("after \"%s\", token %d", prefix, id);
+    }
+    for (uint32_t left = 1; left < 30; left++) {
+        const uint64_t *mask = tb_grammar_mask(g, s, left);
+        for (int32_t id = 0; id < tb_vocab_size(vocab); id++) {
+            uint32_t to = tb_grammar_accept(g, s, id);
+            if (allowed(mask, id) != (to && g->states[to].rest < left))
+                fail_msg("after \"%s\", token %d, %u left", prefix, id, left);
         }
     }
+    tb_grammar_unref(g);
+}
+
+static void test_mask_is_each_token(void **state)
+{
+    static const char *const members[] = {"",
+                                          "{",
+                                          "{\"n",
+                                          "{\"n\": \"a",
+                                          "{\"n\":\"\xc3",
+                                          "{\"n\":\"abc",
+                                          "{\"n\":\"a\", \"k\":1",
+                                          "{\"n\":\"a\"}"},
+                             *const any[] = {"{\"", "{\"a\":\"b", "{\"a\":\"\\",
+                                             "{\"a\":\"\xe2\x82", "{\"a\":[[-"},
+                             *const strings[] = {"\"", "\"abcdefghijkl", "\"abcdefghijklmnopqrs"};
+    for (size_t i = 0; i < TB_ARRAY_LEN(members); i++)
+        expect_masks(TEXTS[1].schema, members[i]);
+    for (size_t i = 0; i < TB_ARRAY_LEN(any); i++)
+        expect_masks(NULL, any[i]);
+    for (size_t i = 0; i < TB_ARRAY_LEN(strings); i++)
+        expect_masks("{\"type\":\"string\",\"minLength\":3,\"maxLength\":20}", strings[i]);
+    expect_masks("{\"type\":\"string\",\"pattern\":\"^[^aeiou]{1,9}$\"}", "\"x");
+    expect_masks("{\"anyOf\":[{\"type\":\"string\"},{\"enum\":[\"the\"]}]}", "\"t");
+    struct tb_grammar *g = make(TEXTS[1].schema);
     assert_true(
         tb_grammar_final(g, tb_grammar_feed(g, tb_grammar_start(g), tb_span_str("{\"n\":\"a\"}"))));
     tb_grammar_unref(g);
