@@ -19,8 +19,9 @@
  *
  * bf16: a warp owns 16 rows. The accumulators of its two products with the walked tile become, with
  * P and dS rounded to bf16, the left operands of the next ones, without leaving the registers.
- * float32: tiles of 16 rows and plain FMA. Each block is the only one that uses its shared memory;
- * the thread is the backend's caller.
+ * float32: tiles of 16 rows and plain FMA.
+ *
+ * Owner: nothing; staged tiles are used by the kernels queued here. Thread: the backend's caller.
  */
 #include "cuda/attn.cuh"
 
@@ -442,7 +443,7 @@ static void make_records(struct tb_cuda *c, const struct bwd<act> &a,
                          const struct tb_attn_seq *seqs, int n_seqs, int rows)
 {
     each_tiles(c, seqs, n_seqs, rows, [&](const struct tile *tiles, unsigned n) {
-        TB_LAUNCH(c, k_record<act>, dim3(n, (unsigned)a.n_head), 128, 0, a, tiles, rows);
+        TB_LAUNCH(c, k_record<act>, dim3(n, (unsigned)a.n_head), 4 * TB_WARP, 0, a, tiles, rows);
     });
 }
 
@@ -504,10 +505,22 @@ static void attention_bwd(struct tb_backend *be, const struct tb_attn_shape *s,
     bool vec = s->head_dim % 8 == 0 && aligned16(q) && aligned16(k) && aligned16(v) &&
                aligned16(dq) && aligned16(dk) && aligned16(dv);
     TB_ACT(be, act, {
-        struct bwd<act> a = {
-            s->n_head, s->n_kv_head, s->head_dim, s->window, s->scale, vec, (const act *)q,
-                (const act *)k, (const act *)v, (const act *)out, lse, dout, dq, dk, dv
-        };
+        struct bwd<act> a;
+        a.n_head = s->n_head;
+        a.n_kv_head = s->n_kv_head;
+        a.hd = s->head_dim;
+        a.window = s->window;
+        a.scale = s->scale;
+        a.vec = vec;
+        a.q = (const act *)q;
+        a.k = (const act *)k;
+        a.v = (const act *)v;
+        a.out = (const act *)out;
+        a.lse = lse;
+        a.dout = dout;
+        a.dq = dq;
+        a.dk = dk;
+        a.dv = dv;
         run(c, a, seqs, n_seqs);
     });
 }
