@@ -12,7 +12,6 @@
 
 #include "cuda/host.h"
 #include "util/log.h"
-#include "util/mem.h"
 
 #define LEAST_MAJOR 8 /* compute capability: bf16 tensor cores, cp.async */
 

@@ -20,6 +20,7 @@ extern "C" {
 #endif
 
 #include "backend/backend.h"
+#include "util/mem.h"
 
 struct tb_cuda_pool;   /* pool.c */
 struct tb_cuda_ring;   /* staging.c */

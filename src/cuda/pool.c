@@ -19,7 +19,6 @@
 
 #include "cuda/host.h"
 #include "util/log.h"
-#include "util/mem.h"
 
 struct range {
     size_t at, bytes;

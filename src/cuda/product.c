@@ -20,7 +20,6 @@
 #include "backend/number.h"
 #include "cuda/host.h"
 #include "util/log.h"
-#include "util/mem.h"
 
 #define WORKSPACE    ((size_t)32 << 20)
 #define MIDDLE_ROWS  128   /* T that the library's candidates are for */

@@ -17,7 +17,6 @@
  */
 #include "cuda/host.h"
 #include "util/log.h"
-#include "util/mem.h"
 
 #define N_CLASSES    16 /* of steps, by the power of two at or above their rows */
 #define MAX_FAILURES 8  /* after so many captures that failed in a row, none is tried */

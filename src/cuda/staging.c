@@ -16,7 +16,6 @@
 #include <string.h>
 
 #include "cuda/host.h"
-#include "util/mem.h"
 
 #define N_SEGMENTS   4
 #define SEGMENT      TB_CUDA_STAGE

@@ -6,11 +6,11 @@
 #include "cuda/host.h"
 #include "emu.h"
 
-static struct tb_backend *open_limited(size_t limit)
+static struct tb_backend *open_device(enum tb_dtype act, size_t limit)
 {
     struct tb_backend *be = NULL;
     struct tb_error err = {0};
-    struct tb_backend_options o = {.act = TB_F32, .mem_limit = limit};
+    struct tb_backend_options o = {.act = act, .mem_limit = limit};
     if (tb_backend_cuda_create(&be, &o, &err)) fail_msg("%s", err.msg);
     return be;
 }
@@ -160,7 +160,7 @@ static void hoard_reclaim(void *arg, size_t bytes)
 static void test_fragments(void **state)
 {
     static const struct tb_reclaimer reclaimer = {hoard_reclaimable, hoard_reclaim};
-    struct tb_backend *be = open_limited((size_t)256 << 20);
+    struct tb_backend *be = open_device(TB_F32, (size_t)256 << 20);
     size_t unit = (be->mem_limit - be->mem_used) / 64 & ~(TB_CUDA_ALIGN - 1);
     void *blocks[64];
     struct hoard h = {.be = be, .bytes = unit};
@@ -189,7 +189,7 @@ static void test_fragments(void **state)
 
 static void test_staging(void **state)
 {
-    struct tb_backend *be = open_limited((size_t)400 << 20);
+    struct tb_backend *be = open_device(TB_F32, (size_t)400 << 20);
     struct tb_cuda *c = tb_cuda(be);
     size_t total = (size_t)120 << 20, at = 0; /* several times the ring */
     unsigned char *want = malloc(total), *got = malloc(total);
@@ -257,7 +257,7 @@ static struct tb_weight *random_weight(struct tb_backend *be, int n_in, int n_ou
 static void check_rows(enum tb_dtype act, int n_in, int n_out)
 {
     enum { T = 333 };
-    struct tb_backend *be = open_cuda(act);
+    struct tb_backend *be = open_device(act, (size_t)256 << 20);
     struct tb_weight *w = random_weight(be, n_in, n_out);
     size_t e = tb_dtype_size(act);
     for (int backward = 0; backward < 2; backward++) {
@@ -300,7 +300,7 @@ static void test_rows(void **state)
 
 static void test_no_candidate(void **state)
 {
-    struct tb_backend *be = open_cuda(TB_BF16);
+    struct tb_backend *be = open_device(TB_BF16, (size_t)256 << 20);
     void *w = random_act(TB_BF16, 60 * 16);
     const void *parts[] = {w};
     enum tb_dtype dtype = TB_BF16;
@@ -356,7 +356,7 @@ static void queue_work(void *arg)
 /* A step as one unit computes what its calls compute, whatever its size and form. */
 static void test_steps(void **state)
 {
-    struct tb_backend *be = open_limited((size_t)256 << 20);
+    struct tb_backend *be = open_device(TB_F32, (size_t)256 << 20);
     const struct tb_backend_ops *o = be->ops;
     const size_t bytes = sizeof(float) * 64 * DIM;
     struct work k = {.be = be, .w = random_weight(be, DIM, DIM)};
@@ -433,7 +433,7 @@ static void test_lost(void **state)
     bool lost = true;
     for (long after = 0; lost; after++) {
         rng_state = 1000;
-        struct tb_backend *be = open_limited((size_t)256 << 20);
+        struct tb_backend *be = open_device(TB_F32, (size_t)256 << 20);
         struct tb_error err = {0}, again = {0};
         struct work k = {.be = be, .w = random_weight(be, DIM, DIM)};
         k.table = be->ops->alloc(be, sizeof(float) * VOCAB * DIM);
