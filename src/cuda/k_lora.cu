@@ -609,12 +609,20 @@ static const void *row_at(const struct rows *r, int row)
     return (const char *)r->p + (size_t)row * (size_t)r->ld * r->size;
 }
 
+static int max_rank(const struct tb_lora_span *s, int n_spans)
+{
+    int rank = 0;
+    for (int i = 0; i < n_spans; i++)
+        rank = s[i].mat->rank > rank ? s[i].mat->rank : rank;
+    return rank;
+}
+
 /* Cuts spans into tiles; neighbouring spans of one module share them. */
 static void batch_add(struct batch *b, const struct tb_lora_span *s, int n_spans, bool with_b,
                       struct rows in, struct rows out, int width)
 {
-    for (int i = 0; i < n_spans; i++)
-        b->rank = s[i].mat->rank > b->rank ? s[i].mat->rank : b->rank;
+    int rank = max_rank(s, n_spans);
+    b->rank = rank > b->rank ? rank : b->rank;
     b->width = width > b->width ? width : b->width;
     const struct tb_lora_mat *mat = NULL; /* the last tile's, and its end */
     int end = 0;
@@ -833,12 +841,9 @@ static void lora_up_bwd(struct tb_backend *be, const struct tb_lora_span *s, int
 {
     struct batch b;
     batch_init(&b, be, SIDE, launch_du);
-    int rank = 0;
-    for (int i = 0; i < n_spans; i++)
-        rank = s[i].mat->rank > rank ? s[i].mat->rank : rank;
     if (n_out > DU_PART) {
-        size_t tile_bytes = (size_t)div_up(n_out, DU_PART) * SIDE * (size_t)div_up(rank, SIDE) *
-                            SIDE * sizeof(float),
+        size_t ld = (size_t)div_up(max_rank(s, n_spans), SIDE) * SIDE,
+               tile_bytes = (size_t)div_up(n_out, DU_PART) * SIDE * ld * sizeof(float),
                room = b.c->scratch_bytes / tile_bytes;
         b.max_tiles = room < TILES ? (int)room : TILES;
     }
