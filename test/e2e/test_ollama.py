@@ -5,7 +5,8 @@ import json
 import re
 
 import pytest
-from llm_common import QUESTION, SAMPLED, SCHEMAS, SHOP, STEPS, Stream, Training, gauge, get, parallel, post, until, until_idle
+from llm_common import (QUESTION, RENDERED, SAMPLED, SCHEMAS, SHOP, STEPS, Stream, Training, gauge, get, parallel, post, until,
+                        until_idle)
 from tinker_raw import Raw
 
 ollama = pytest.importorskip("ollama")
@@ -199,3 +200,16 @@ def test_a_disconnected_client_is_cancelled(demo, stream):
         until(lambda: gauge(demo.url, STEPS) > steps, "tokens")
     until_idle(demo.url)
     assert gauge(demo.url, SAMPLED) == before
+
+
+def test_what_trinity_sends(demo):
+    """The requests of its clients as they are, twenty at once: the async engine's, and the llama.cpp provider's."""
+    def one(i):
+        if i % 2:
+            return post(demo.url, "/completion", {"prompt": RENDERED, "temperature": 0.2, "max_tokens": 2000})
+        return post(demo.url, GENERATE, {"model": "demo", "prompt": "What is the capital of France?", "stream": False,
+                                         "options": {"temperature": 0.2}, "system": "You answer."})
+
+    answers = parallel(20, one, range(20))
+    assert [status for status, _ in answers] == [200] * 20
+    assert all((a["content"] if i % 2 else a["response"]) for i, (_, a) in enumerate(answers))
