@@ -148,8 +148,9 @@ static int add_token(struct tb_llm *l, struct tb_llm_choice *c, const struct tb_
         memcpy(c->topk_logprobs + at * k, t->topk_logprobs, k * sizeof(*t->topk_logprobs));
     }
     tb_llm_text_feed(&c->text, t->token, &c->whole);
+    if (t->last) tb_llm_text_end(&c->text, &c->whole);
+    if (c->whole.failed || c->text.held.failed || c->text.marks.failed) return TB_ENOMEM;
     if (!t->last) return 0;
-    tb_llm_text_end(&c->text, &c->whole);
     c->over = true;
     c->stopped = t->stopped;
     l->n_running--;
@@ -190,19 +191,22 @@ static void on_tokens(struct tb_core_stream *s, const struct tb_sampled_token *t
 }
 
 /* The result goes with the op. */
-static void keep_prompt_logprobs(struct tb_llm_prompt *p, const struct tb_op *op)
+static int keep_prompt_logprobs(struct tb_llm_prompt *p, const struct tb_op *op,
+                                struct tb_error *err)
 {
     struct tb_llm *l = p->llm;
     const struct tb_result *r = &op->result;
     size_t n = (size_t)p->n_tokens, k = (size_t)op->u.sample.topk_prompt_logprobs;
     p->logprobs = tb_arena_try_array(&l->arena, n, sizeof(*p->logprobs));
-    if (p->logprobs) memcpy(p->logprobs, r->prompt_logprobs, n * sizeof(*p->logprobs));
-    if (k == 0) return;
-    p->topk_ids = tb_arena_try_array(&l->arena, n * k, sizeof(*p->topk_ids));
-    p->topk_logprobs = tb_arena_try_array(&l->arena, n * k, sizeof(*p->topk_logprobs));
-    if (!p->topk_ids || !p->topk_logprobs) return;
+    p->topk_ids = tb_arena_try_array(&l->arena, n * k + 1, sizeof(*p->topk_ids));
+    p->topk_logprobs = tb_arena_try_array(&l->arena, n * k + 1, sizeof(*p->topk_logprobs));
+    if (!p->logprobs || !p->topk_ids || !p->topk_logprobs)
+        return tb_error_set(err, TB_ENOMEM, "no memory for the logprobs of %zu tokens", n);
+    memcpy(p->logprobs, r->prompt_logprobs, n * sizeof(*p->logprobs));
+    if (k == 0) return 0;
     memcpy(p->topk_ids, r->topk_prompt_ids, n * k * sizeof(*p->topk_ids));
     memcpy(p->topk_logprobs, r->topk_prompt_logprobs, n * k * sizeof(*p->topk_logprobs));
+    return 0;
 }
 
 static void on_end(struct tb_core_stream *s, enum tb_future_state state, const struct tb_op *op)
@@ -213,7 +217,7 @@ static void on_end(struct tb_core_stream *s, enum tb_future_state state, const s
     p->over = true;
     if (state == TB_FUTURE_DONE) {
         p->n_cached = op->result.prompt_cache_hit_tokens;
-        if (l->echo && l->logprobs) keep_prompt_logprobs(p, op);
+        if (l->echo && l->logprobs) keep_prompt_logprobs(p, op, &e);
     } else {
         if (state == TB_FUTURE_FAILED) e = op->error;
         if (!e.code) tb_error_set(&e, TB_ECANCELED, "the sample was given up by the server");

@@ -302,11 +302,9 @@ int tb_bell_body_string(struct tb_http_request *req, const char *key, const char
     struct tb_json_doc doc;
     struct tb_error e = {0};
     *out = NULL;
-    int rc = tb_json_parse(&doc, req->body.p, req->body.n, &e);
-    if (rc == 0) {
-        rc = tb_json_string(&doc.root, key, false, &req->arena, TB_MAX_ID, out, &e);
-        tb_json_free(&doc);
-    }
+    int rc = tb_api_body_parse(req, false, &doc, &e);
+    if (rc == 0) rc = tb_json_string(&doc.root, key, false, &req->arena, TB_MAX_ID, out, &e);
+    tb_json_free(&doc);
     if (rc) tb_bell_error(req, &e);
     return rc;
 }
