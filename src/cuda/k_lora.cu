@@ -19,7 +19,7 @@
 #include "cuda/device.cuh"
 
 #define TILES       1024 /* or spans, of a launch */
-#define DOWN_WARPS  8
+#define DOWN_WARPS  16
 #define UP_WARPS    4
 #define DU_WARPS    4
 #define DX_WARPS    4
@@ -286,10 +286,10 @@ template <int MT, int NT> struct addend {
 
 /* u = x A^T: a block makes a tile's 8 NT columns of u. */
 template <typename act, int MT, int NT>
-__global__ __launch_bounds__(DOWN_WARPS *TB_WARP, 2) static void k_down(const struct tile *tiles)
+__global__ __launch_bounds__(DOWN_WARPS *TB_WARP) static void k_down(const struct tile *tiles)
 {
     const int LEN = chunk<act>::LEN, DEPTH = (MT * NT == 1 ? 8 : 2) / chunk<act>::COLS;
-    __shared__ float part[DOWN_WARPS * MT * NT * 4 * TB_WARP];
+    TB_DYN_SHARED(float, part);
     struct tile t = tiles[blockIdx.y];
     int first = (int)blockIdx.x * 8 * NT;
     if (first >= t.rank) return;
@@ -306,8 +306,9 @@ __global__ __launch_bounds__(DOWN_WARPS *TB_WARP, 2) static void k_down(const st
 
 /* y += scale u B^T: each warp adds to 8 NT columns of a tile. */
 template <typename act, int MT, int NT>
-__global__ __launch_bounds__(UP_WARPS *TB_WARP,
-                             MT == 1 ? 6 : 3) static void k_up(const struct tile *tiles)
+__global__ __launch_bounds__(UP_WARPS *TB_WARP, MT *chunk<act>::COLS == 1
+                                                    ? 6
+                                                    : 3) static void k_up(const struct tile *tiles)
 {
     struct tile t = tiles[blockIdx.y];
     int first = ((int)blockIdx.x * UP_WARPS + warp_id()) * 8 * NT;
@@ -678,14 +679,17 @@ static struct rows floats(const float *p, int ld)
 
 static void launch_down(const struct batch *b, const struct tile *tiles)
 {
+    size_t tile_bytes = DOWN_WARPS * 16 * 8 * sizeof(float);
     unsigned n = (unsigned)b->n;
     TB_ACT(&b->c->be, act, {
-        if (b->tile_rows == 32)
+        if (b->tile_rows == 32) {
+            TB_ALLOW_SHARED(b->c, (k_down<act, 2, 4>), 8 * tile_bytes);
             TB_LAUNCH(b->c, (k_down<act, 2, 4>), dim3((unsigned)div_up(b->rank, 32), n),
-                      DOWN_WARPS * TB_WARP, 0, tiles);
-        else
+                      DOWN_WARPS * TB_WARP, 8 * tile_bytes, tiles);
+        } else {
             TB_LAUNCH(b->c, (k_down<act, 1, 1>), dim3((unsigned)div_up(b->rank, 8), n),
-                      DOWN_WARPS * TB_WARP, 0, tiles);
+                      DOWN_WARPS * TB_WARP, tile_bytes, tiles);
+        }
     });
 }
 
