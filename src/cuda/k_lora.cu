@@ -21,6 +21,7 @@
 #define TILES       1024 /* or spans, of a launch */
 #define DOWN_WARPS  16
 #define UP_WARPS    4
+#define UP_BLOCKS   (MT * chunk<act>::COLS == 1 ? 6 : 3) /* a multiprocessor's, at least */
 #define DU_WARPS    4
 #define DX_WARPS    4
 #define SIDE        32    /* rows and columns of a tile in the backward pass */
@@ -306,9 +307,8 @@ __global__ __launch_bounds__(DOWN_WARPS *TB_WARP) static void k_down(const struc
 
 /* y += scale u B^T: each warp adds to 8 NT columns of a tile. */
 template <typename act, int MT, int NT>
-__global__ __launch_bounds__(UP_WARPS *TB_WARP, MT *chunk<act>::COLS == 1
-                                                    ? 6
-                                                    : 3) static void k_up(const struct tile *tiles)
+__global__ __launch_bounds__(UP_WARPS *TB_WARP,
+                             UP_BLOCKS) static void k_up(const struct tile *tiles)
 {
     struct tile t = tiles[blockIdx.y];
     int first = ((int)blockIdx.x * UP_WARPS + warp_id()) * 8 * NT;
