@@ -26,7 +26,7 @@
 #include <limits.h>
 #include <math.h>
 
-#include "cuda/device.cuh"
+#include "cuda/attn.cuh"
 #include "util/mem.h"
 
 #define SPLIT     512 /* keys; a multiple of every tile's KEYS */
@@ -58,10 +58,6 @@ struct task {
     int part;       /* its first row of partial sums (for kv head 0); -1: writes the output */
 };
 
-__host__ __device__ static inline int first_key(int window, int pos)
-{
-    return window > 0 && pos >= window ? pos - window + 1 : 0;
-}
 __device__ static inline int position_of(const call &a, const task &t, int f)
 {
     return t.pos + min(f, t.n - 1) / a.group;
@@ -172,28 +168,7 @@ template <int HD, int M /* 16 rows each, of a warp */, int WARPS> struct tile_bf
 
     __device__ void score(const bf16 *queries, const bf16 *keys)
     {
-        int lane = lane_id();
-        const bf16 *a_row = queries + (warp_id() * WARP_ROWS + lane % 16) * LD + lane / 16 * 8;
-        const bf16 *b_row = keys + (lane / 16 * 8 + lane % 8) * LD + lane / 8 % 2 * 8;
-#pragma unroll
-        for (int i = 0; i < M * KEYS / 2; i++)
-            s[i] = 0;
-#pragma unroll
-        for (int d = 0; d < HD; d += 16) {
-            uint32_t q[M][4], k[4];
-#pragma unroll
-            for (int i = 0; i < M; i++)
-                ldmatrix_x4(q[i], a_row + i * 16 * LD + d);
-#pragma unroll
-            for (int n = 0; n < KEYS; n += 16) {
-                ldmatrix_x4(k, b_row + n * LD + d);
-#pragma unroll
-                for (int i = 0; i < M; i++) {
-                    mma_bf16(s + i * (KEYS / 2) + n / 2, q[i], k);
-                    mma_bf16(s + i * (KEYS / 2) + n / 2 + 4, q[i], k + 2);
-                }
-            }
-        }
+        rows_by_rows<M, KEYS, HD, LD>(s, queries + warp_id() * WARP_ROWS * LD, keys);
     }
 
     /* Scores of keys [key, key + KEYS) to weights, and those times values to the sums. */
@@ -227,27 +202,7 @@ template <int HD, int M /* 16 rows each, of a warp */, int WARPS> struct tile_bf
             for (int i = 0; i < HD / 4; i++)
                 acc[r / 2 * (HD / 2) + i / 2 * 4 + r % 2 * 2 + i % 2] *= before;
         }
-        const bf16 *b_row = values + lane % 16 * LD + lane / 16 * 8;
-#pragma unroll
-        for (int k = 0; k < KEYS; k += 16) {
-            uint32_t p[M][4], v[4];
-#pragma unroll
-            for (int i = 0; i < M; i++) {
-                const float *x = s + i * (KEYS / 2) + k / 2;
-#pragma unroll
-                for (int w = 0; w < 4; w++)
-                    p[i][w] = pack_bf16(x[2 * w], x[2 * w + 1]);
-            }
-#pragma unroll
-            for (int n = 0; n < HD; n += 16) {
-                ldmatrix_x4_trans(v, b_row + k * LD + n);
-#pragma unroll
-                for (int i = 0; i < M; i++) {
-                    mma_bf16(acc + i * (HD / 2) + n / 2, p[i], v);
-                    mma_bf16(acc + i * (HD / 2) + n / 2 + 4, p[i], v + 2);
-                }
-            }
-        }
+        add_product<M, HD, KEYS, LD>(acc, s, values);
     }
 };
 
@@ -319,18 +274,6 @@ template <int HD> struct tile_f32 {
 };
 
 /* ---- between global and shared memory, 16 bytes a thread */
-
-/* The n <= 0 or more elements that there are, then zeros. */
-template <typename act>
-__device__ static inline void load16(act *to, const act *from, int n, bool vec)
-{
-    if (vec) {
-        copy16_async(to, from, n <= 0);
-        return;
-    }
-    for (int e = 0; e < (int)(16 / sizeof(act)); e++)
-        store_act(to + e, e < n ? load_act(from + e) : 0.0f);
-}
 
 template <class T>
 __device__ static inline void load_queries(const call &a, const task &t, int h,
@@ -647,11 +590,6 @@ static const int32_t *stage_pages(struct tb_cuda *c, const struct tb_attn_seq *s
     return (const int32_t *)staged;
 }
 
-static bool whole16(const void *p)
-{
-    return (uintptr_t)p % 16 == 0;
-}
-
 static void attention(struct tb_backend *be, const struct tb_attn_shape *s,
                       const struct tb_attn_seq *seqs, int n_seqs, const void *q, const void *k,
                       const void *v, const void *kv_pages, void *out, float *lse)
@@ -676,8 +614,8 @@ static void attention(struct tb_backend *be, const struct tb_attn_shape *s,
     a.hd = hd;
     a.window = s->window;
     a.scale = (float)((double)s->scale * 1.4426950408889634);
-    a.vec = (size_t)hd * tb_dtype_size(be->act) % 16 == 0 && whole16(q) && whole16(k) &&
-            whole16(v) && whole16(kv_pages) && whole16(out);
+    a.vec = (size_t)hd * tb_dtype_size(be->act) % 16 == 0 && aligned16(q) && aligned16(k) &&
+            aligned16(v) && aligned16(kv_pages) && aligned16(out);
     for (int i = 0, n; i < n_seqs; i += n) {
         int n_pages = n_pages_of(&seqs[i]);
         for (n = 1; i + n < n_seqs && n_pages_of(&seqs[i + n]) <= most - n_pages; n++)
@@ -743,8 +681,8 @@ static void kv_write(struct tb_backend *be, const struct tb_attn_shape *s,
     struct tb_cuda *c = tb_cuda(be);
     struct slot slots[MAX_TASKS];
     int n = 0;
-    bool vec = (size_t)s->head_dim * tb_dtype_size(be->act) % 16 == 0 && whole16(k) && whole16(v) &&
-               whole16(kv_pages);
+    bool vec = (size_t)s->head_dim * tb_dtype_size(be->act) % 16 == 0 && aligned16(k) &&
+               aligned16(v) && aligned16(kv_pages);
     auto flush_rows = [&] {
         if (vec)
             write_rows<uint4>(c, slots, n, s, k, v, kv_pages);
