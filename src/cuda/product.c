@@ -26,6 +26,7 @@
 #define MAX_ROWS     16384 /* of one call of the library */
 #define N_CANDIDATES 64
 #define CONVERT      ((size_t)1 << 18) /* elements of a weight converted at once */
+#define COMPARE      ((size_t)1 << 20) /* bytes compared at once */
 
 struct plan {
     struct plan *next;
@@ -195,7 +196,7 @@ struct trial {
     size_t x_bytes, y_bytes;
     void *x;
     float *y, *again;
-    float *a, *b; /* host, a row each */
+    char *a, *b; /* host, COMPARE bytes each */
 };
 
 static void trial_free(struct tb_cuda *c, struct trial *t)
@@ -231,10 +232,10 @@ static int trial_init(struct tb_cuda *c, const struct plan *p, struct trial *t,
         t->x = tb_cuda_pool_take(c->pool, t->x_bytes);
         t->y = t->x ? tb_cuda_pool_take(c->pool, t->y_bytes) : NULL;
     }
-    t->a = tb_try_malloc(out * sizeof(float));
-    t->b = tb_try_malloc(out * sizeof(float));
+    t->a = tb_malloc(COMPARE);
+    t->b = tb_malloc(COMPARE);
     void *host = random_rows(c->be.act, (size_t)t->rows * in);
-    if (!t->y || !t->a || !t->b || !host) {
+    if (!t->y || !host) {
         tb_free(host);
         trial_free(c, t);
         return tb_error_set(err, TB_ENOMEM, "no memory to try the products of a weight [%d, %d]",
@@ -249,7 +250,7 @@ static int trial_init(struct tb_cuda *c, const struct plan *p, struct trial *t,
 static bool takes(const struct tb_cuda *c, const struct plan *p, int rows, int ld)
 {
     cublasLtMatmulHeuristicResult_t r;
-    for (int bias = 0; bias < 2; bias++)
+    for (int bias = 0; bias <= !p->backward; bias++)
         if (set_rows(p, rows, ld) ||
             cublasLtMatmulAlgoCheck(c->plans->lt, p->op[bias], p->w, p->x, p->y, p->y, &p->algo,
                                     &r) ||
@@ -258,12 +259,16 @@ static bool takes(const struct tb_cuda *c, const struct plan *p, int rows, int l
     return true;
 }
 
-static bool same_row(struct tb_cuda *c, const struct trial *t, const float *x, const float *y,
-                     size_t bytes)
+static bool same_bytes(struct tb_cuda *c, const struct trial *t, const char *x, const char *y,
+                       size_t bytes)
 {
-    tb_cuda_fetch(c, t->a, x, bytes);
-    tb_cuda_fetch(c, t->b, y, bytes);
-    return memcmp(t->a, t->b, bytes) == 0;
+    for (size_t at = 0, n; at < bytes; at += n) {
+        n = TB_MIN(COMPARE, bytes - at);
+        tb_cuda_fetch(c, t->a, x + at, n);
+        tb_cuda_fetch(c, t->b, y + at, n);
+        if (memcmp(t->a, t->b, n) != 0) return false;
+    }
+    return true;
 }
 
 static bool rows_agree(struct tb_cuda *c, const struct plan *p, const struct trial *t,
@@ -278,10 +283,9 @@ static bool rows_agree(struct tb_cuda *c, const struct plan *p, const struct tri
         if (n >= t->rows) continue;
         const char *x = (const char *)t->x + (size_t)from * in * e;
         if (multiply(c, p, w, x, n, NULL, t->again, (int)out, false)) return false;
-        for (int r = 0; r < n; r++)
-            if (!same_row(c, t, t->y + (size_t)(from + r) * out, t->again + (size_t)r * out,
-                          out * sizeof(float)))
-                return false;
+        if (!same_bytes(c, t, (const char *)(t->y + (size_t)from * out), (const char *)t->again,
+                        (size_t)n * out * sizeof(float)))
+            return false;
     }
     return true;
 }

@@ -18,7 +18,7 @@
  *
  * Environment: TB_EMU_DEVICES devices (1); TB_EMU_MEMORY bytes of each (1 GiB); TB_EMU_PROTECT=1
  * makes device memory accessible only while kernels and copies run, so that a host's access to it
- * is a crash.
+ * is a crash; TB_EMU_FAIL_AFTER as emu_fail_after at the start.
  *
  * Thread: any, one at a time a device.
  */

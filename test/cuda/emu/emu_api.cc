@@ -52,7 +52,8 @@ static thread_local cudaError_t last_error;
 static thread_local int current_device;
 
 /* ---- errors */
-static long fail_in;
+static size_t environment(const char *name, size_t otherwise);
+static long fail_in = (long)environment("TB_EMU_FAIL_AFTER", 0);
 static bool failed;
 
 void emu_fail_after(long n)
