@@ -1,5 +1,6 @@
 """What the tests of the faces for text share: schemas, prompts, streams over plain HTTP, the server's gauges."""
 
+import contextlib
 import http.client
 import json
 import re
@@ -138,6 +139,18 @@ def until_idle(url):
 def parallel(n, fn, items):
     with ThreadPoolExecutor(n) as pool:
         return list(pool.map(fn, items))
+
+
+def check_slow_readers(demo, path, body, text):
+    """Clients that stop reading hold nobody up, and in the end have all that one has who reads at once. text: of a line."""
+    with Stream(demo.url, path, body) as s:
+        whole = "".join(map(text, s.lines()))
+    with contextlib.ExitStack() as stack:
+        streams = [stack.enter_context(Stream(demo.url, path, body)).lines() for _ in range(8)]
+        got = [text(next(lines)) for lines in streams]
+        assert post(demo.url, "/completion", {"prompt": "x", "n_predict": 3})[0] == 200
+        until(lambda: gauge(demo.url, RUNNING) == 0, "the end of their samples")
+        assert [first + "".join(map(text, lines)) for first, lines in zip(got, streams)] == [whole] * 8
 
 
 class Training:

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from llm_common import RENDERED, SAMPLED, SCHEMAS, SHOP, STEPS, Stream, gauge, get, parallel, post, until, until_idle
+from llm_common import RENDERED, SAMPLED, SCHEMAS, SHOP, STEPS, Stream, check_slow_readers, gauge, get, parallel, post, until, until_idle
 
 jsonschema = pytest.importorskip("jsonschema")
 PROMPT = "Spell the word"
@@ -112,3 +112,8 @@ def test_a_disconnected_client_is_cancelled(demo, stream):
         until(lambda: gauge(demo.url, STEPS) > steps, "tokens")
     until_idle(demo.url)
     assert gauge(demo.url, SAMPLED) == before
+
+
+def test_slow_readers(demo):
+    check_slow_readers(demo, "/completion", {**LONG, "n_predict": 900, "n_probs": 20, "stream": True},
+                       lambda line: json.loads(line[len("data: "):])["content"])

@@ -5,8 +5,8 @@ import json
 import re
 
 import pytest
-from llm_common import (QUESTION, RENDERED, SAMPLED, SCHEMAS, SHOP, STEPS, Stream, Training, gauge, get, parallel, post, until,
-                        until_idle)
+from llm_common import (QUESTION, RENDERED, SAMPLED, SCHEMAS, SHOP, STEPS, Stream, Training, check_slow_readers, gauge, get, parallel,
+                        post, until, until_idle)
 from tinker_raw import Raw
 
 ollama = pytest.importorskip("ollama")
@@ -200,6 +200,12 @@ def test_a_disconnected_client_is_cancelled(demo, stream):
         until(lambda: gauge(demo.url, STEPS) > steps, "tokens")
     until_idle(demo.url)
     assert gauge(demo.url, SAMPLED) == before
+
+
+def test_slow_readers(demo):
+    check_slow_readers(demo, GENERATE, {"model": "demo", "prompt": "Spell the word", "raw": True, "logprobs": True, "top_logprobs": 20,
+                                        "options": {"seed": 1, "num_predict": 900, "ignore_eos": True}},
+                       lambda line: json.loads(line)["response"])
 
 
 def test_what_trinity_sends(demo):

@@ -10,11 +10,12 @@
 /* ---- shared paths: the Tinker API's clients send other bodies (and the SDK its own headers) */
 
 /* Which of the keys comes first at the top level of the JSON object in s; -1: none does, or s is no
- * JSON. Reads no further than that key. */
+ * JSON. Reads no further than that key, or the first MiB: this is the loop's time. */
 static int first_key(struct tb_span s, const char *const *keys, size_t n)
 {
     int depth = 0;
     bool is_key = false;
+    s.n = TB_MIN(s.n, (size_t)1 << 20);
     for (size_t i = 0; i < s.n; i++) {
         char c = s.p[i];
         if (c == '"') {
