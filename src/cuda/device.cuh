@@ -193,6 +193,29 @@ __device__ static inline uint32_t pack_bf16(float lo, float hi)
            (uint32_t)__bfloat16_as_ushort(__float2bfloat16_rn(hi)) << 16;
 }
 
+/* 16 bytes of global memory that no thread of the kernel writes; zeros, and no access, when they
+ * are not there. No branch, so that many are in flight. */
+__device__ static inline uint4 load16(const void *global, bool there)
+{
+#ifdef TB_CUDA_EMU
+    return there ? *(const uint4 *)global : make_uint4(0, 0, 0, 0);
+#else
+    uint4 v;
+    asm("{\n"
+        ".reg .pred there;\n"
+        "setp.ne.b32 there, %5, 0;\n"
+        "mov.b32 %0, 0;\n"
+        "mov.b32 %1, 0;\n"
+        "mov.b32 %2, 0;\n"
+        "mov.b32 %3, 0;\n"
+        "@there ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];\n"
+        "}\n"
+        : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+        : "l"(__cvta_generic_to_global(global)), "r"((int)there));
+    return v;
+#endif
+}
+
 /* ---- copies of 16 bytes from global to shared memory that run beside the arithmetic; zero: writes
  * zeros and reads nothing. Commit closes a group, wait<n> waits until at most n groups are open. */
 __device__ static inline void copy16_async(void *shared, const void *global, bool zero)

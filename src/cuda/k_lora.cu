@@ -21,7 +21,7 @@
 #define TILES       1024 /* or spans, of a launch */
 #define DOWN_WARPS  16
 #define UP_WARPS    4
-#define UP_BLOCKS   (MT * chunk<act>::COLS == 1 ? 6 : 3) /* a multiprocessor's, at least */
+#define UP_BLOCKS   (MT * chunk<act>::COLS == 1 ? 5 : 3) /* a multiprocessor's, at least */
 #define DU_WARPS    4
 #define DX_WARPS    4
 #define SIDE        32    /* rows and columns of a tile in the backward pass */
@@ -87,7 +87,7 @@ template <bool whole, typename act> __device__ static inline piece load_piece(co
     const int word = 4 / sizeof(act);
     piece r;
     if (whole) {
-        uint4 v = n > 0 ? *(const uint4 *)p : make_uint4(0, 0, 0, 0);
+        uint4 v = load16(p, n > 0);
         r = {{v.x, v.y, v.z, v.w}};
     } else {
         for (int i = 0; i < 4; i++)
@@ -241,20 +241,23 @@ template <int MT, int NT> struct addend {
         cols = n_cols - col;
         whole = ((uintptr_t)tile | (size_t)ld * sizeof(float)) % sizeof(float2) == 0 &&
                 n_cols >= 8 * NT;
-        each_row([&](const float *q, int m, int i) {
+        if (whole)
+            each_row([&](const float *q, int m, int i) {
 #pragma unroll
-            for (int n = 0; n < NT; n++) {
-                float *x = v[m][n] + i;
-                if (whole) {
+                for (int n = 0; n < NT; n++) {
                     float2 y = *(const float2 *)(q + 8 * n);
-                    x[0] = y.x;
-                    x[1] = y.y;
-                } else {
-                    x[0] = 8 * n < cols ? q[8 * n] : 0;
-                    x[1] = 8 * n + 1 < cols ? q[8 * n + 1] : 0;
+                    v[m][n][i] = y.x;
+                    v[m][n][i + 1] = y.y;
                 }
-            }
-        });
+            });
+        else
+            each_row([&](const float *q, int m, int i) {
+#pragma unroll
+                for (int n = 0; n < NT; n++) {
+                    v[m][n][i] = 8 * n < cols ? q[8 * n] : 0;
+                    v[m][n][i + 1] = 8 * n + 1 < cols ? q[8 * n + 1] : 0;
+                }
+            });
     }
     __device__ inline void add(const float (*d)[NT][4], float scale)
     {
@@ -268,18 +271,20 @@ template <int MT, int NT> struct addend {
     }
     __device__ inline void store(void)
     {
-        each_row([&](float *q, int m, int i) {
+        if (whole)
+            each_row([&](float *q, int m, int i) {
 #pragma unroll
-            for (int n = 0; n < NT; n++) {
-                const float *x = v[m][n] + i;
-                if (whole) {
-                    *(float2 *)(q + 8 * n) = make_float2(x[0], x[1]);
-                } else {
-                    if (8 * n < cols) q[8 * n] = x[0];
-                    if (8 * n + 1 < cols) q[8 * n + 1] = x[1];
+                for (int n = 0; n < NT; n++)
+                    *(float2 *)(q + 8 * n) = make_float2(v[m][n][i], v[m][n][i + 1]);
+            });
+        else
+            each_row([&](float *q, int m, int i) {
+#pragma unroll
+                for (int n = 0; n < NT; n++) {
+                    if (8 * n < cols) q[8 * n] = v[m][n][i];
+                    if (8 * n + 1 < cols) q[8 * n + 1] = v[m][n][i + 1];
                 }
-            }
-        });
+            });
     }
 };
 
