@@ -1,5 +1,5 @@
-/* A tokenizer.json: what loads can render all of its tokens, and encodes text into tokens it knows.
- */
+/* A tokenizer.json: what loads can render all of its tokens, encodes text into tokens it knows, and
+ * decodes them to UTF-8. */
 #include "fuzz.h"
 #include "tokenizer/tokenizer.h"
 #include "util/mem.h"
@@ -21,6 +21,13 @@ static void use(const struct tb_tokenizer *t)
             for (size_t i = 0; i < ids.n; i++)
                 TB_BUG_ON(tb_tokenizer_token_bytes(t, ids.p[i], &bytes));
         }
+        for (int32_t id = TB_MIN(size, 300); id >= -1; id--)
+            tb_ids_push(&ids, id);
+        struct tb_buf out;
+        tb_buf_init(&out, 1 << 24);
+        if (tb_tokenizer_decode(t, ids.p, ids.n, flags, &out) == 0 && out.n)
+            TB_BUG_ON(!tb_utf8_valid(out.p, out.n));
+        tb_buf_fini(&out);
         tb_ids_fini(&ids);
     }
 }
