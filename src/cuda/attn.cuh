@@ -13,7 +13,7 @@ __host__ __device__ static inline int first_key(int window, int pos)
     return window > 0 && pos >= window ? pos - window + 1 : 0;
 }
 
-/* Whether load16 may take p's bytes 16 at once. */
+/* Whether copy16 may take p's bytes 16 at once. */
 static inline bool aligned16(const void *p)
 {
     return (uintptr_t)p % 16 == 0;
@@ -21,7 +21,7 @@ static inline bool aligned16(const void *p)
 /* 16 bytes to shared memory: the n <= 0 or more elements that there are, then zeros. vec: all of
  * them or none, aligned, asynchronously. */
 template <typename act>
-__device__ static inline void load16(act *to, const act *from, int n, bool vec)
+__device__ static inline void copy16(act *to, const act *from, int n, bool vec)
 {
     if (vec) {
         copy16_async(to, from, n <= 0);

@@ -283,7 +283,7 @@ __device__ static inline void load_queries(const call &a, const task &t, int h,
     for (int i = (int)threadIdx.x; i < T::ROWS * chunks; i += (int)blockDim.x) {
         int r = i / chunks, d = i % chunks * per, f = min(t.first + r, t.n - 1);
         const typename T::act *from = (const typename T::act *)a.q + head_of(a, t, h, f) * a.hd;
-        load16(queries + r * T::LD + d, from + d, a.hd - d, a.vec);
+        copy16(queries + r * T::LD + d, from + d, a.hd - d, a.vec);
     }
 }
 
@@ -307,7 +307,7 @@ __device__ static inline void load_keys(const call &a, const task &t, int h, boo
         }
         for (int i = (int)threadIdx.x; i < TB_KV_PAGE * chunks; i += (int)blockDim.x) {
             int r = i / chunks, d = i % chunks * per;
-            load16(to + r * T::LD + d, from + r * ld + d, r < n ? a.hd - d : 0, a.vec);
+            copy16(to + r * T::LD + d, from + r * ld + d, r < n ? a.hd - d : 0, a.vec);
         }
     }
 }

@@ -102,8 +102,9 @@ __global__ static void k_record(struct bwd<act> a, const struct tile *tiles, int
 template <int HD> struct dims {
     static constexpr int own = HD > 128 ? 32 : 64, step = HD > 128 ? 16 : 32, ld = HD + 8;
     static constexpr int smem = (2 * own + 4 * step) * ld * (int)sizeof(bf16);
-    static constexpr int split = HD > 128 ? 2 : 1; /* warps that share rows of dk and dv */
     static constexpr int warps = own / 16;
+    static constexpr int split = HD > 128 ? 2 : 1; /* warps that share rows of dk and dv */
+    static constexpr int query_threads = warps * TB_WARP, key_threads = query_threads * split;
 };
 
 /* Copies rows of hd elements, the first `valid` of them, and fills up with zeros. */
@@ -115,7 +116,7 @@ __device__ static void load_rows(bf16 *dst, int rows, const bf16 *src, size_t ld
         int r = i / (HD / 8), c = i % (HD / 8) * 8, n = r < valid ? hd - c : 0;
         const bf16 *from = n > 0 ? src + (size_t)r * ld + c : src;
         bf16 *to = dst + r * dims<HD>::ld + c;
-        load16(to, from, n, vec);
+        copy16(to, from, n, vec);
     }
 }
 template <int HD>
@@ -128,7 +129,7 @@ __device__ static void load_records(bf16 *dst, int rows, const struct bwd<bf16> 
     for (int r = (int)threadIdx.x; r < rows; r += (int)blockDim.x) {
         const float *from = r < valid ? src + (size_t)r * ld + record_stats(a->hd) : src;
         float *to = (float *)(void *)(dst + r * dims<HD>::ld + HD);
-        load16(to, from, r < valid ? 2 : 0, a->vec);
+        copy16(to, from, r < valid ? 2 : 0, a->vec);
     }
 }
 template <int HD>
@@ -187,8 +188,8 @@ __device__ static void store_rows(float *dst, size_t ld, const float sum[COLS / 
 }
 
 template <int HD>
-__global__ __launch_bounds__(dims<HD>::warps *dims<HD>::split *TB_WARP) static void k_keys(
-    struct bwd<bf16> a, const struct tile *tiles)
+__global__ static void __launch_bounds__(dims<HD>::key_threads)
+    k_keys(struct bwd<bf16> a, const struct tile *tiles)
 {
     constexpr int own = dims<HD>::own, step = dims<HD>::step, ld = dims<HD>::ld,
                   cols = HD / dims<HD>::split;
@@ -241,9 +242,8 @@ __global__ __launch_bounds__(dims<HD>::warps *dims<HD>::split *TB_WARP) static v
 }
 
 template <int HD>
-__global__
-__launch_bounds__(dims<HD>::warps *TB_WARP) static void k_queries(struct bwd<bf16> a,
-                                                                  const struct tile *tiles)
+__global__ static void __launch_bounds__(dims<HD>::query_threads)
+    k_queries(struct bwd<bf16> a, const struct tile *tiles)
 {
     constexpr int own = dims<HD>::own, step = dims<HD>::step, ld = dims<HD>::ld;
     TB_DYN_SHARED(bf16, queries);
@@ -456,11 +456,10 @@ static void run_bf16(struct tb_cuda *c, const struct bwd<bf16> &a, const struct 
         return;
     make_records(c, a, seqs, n_seqs, d::own);
     each_tiles(c, seqs, n_seqs, d::own, [&](const struct tile *tiles, unsigned n) {
-        TB_LAUNCH(c, k_keys<HD>, dim3(n, (unsigned)a.n_kv_head), d::warps * d::split * TB_WARP,
-                  d::smem, a, tiles);
+        TB_LAUNCH(c, k_keys<HD>, dim3(n, (unsigned)a.n_kv_head), d::key_threads, d::smem, a, tiles);
     });
     each_tiles(c, seqs, n_seqs, d::own, [&](const struct tile *tiles, unsigned n) {
-        TB_LAUNCH(c, k_queries<HD>, dim3(n, (unsigned)a.n_head), d::warps * TB_WARP, d::smem, a,
+        TB_LAUNCH(c, k_queries<HD>, dim3(n, (unsigned)a.n_head), d::query_threads, d::smem, a,
                   tiles);
     });
 }
