@@ -1,6 +1,6 @@
 """Hugging Face transformers + PEFT doing the work of the benchmarks, one command a line on stdin; run by lib.py.
 
-    hf_worker.py THREADS DIR RANK        rank 0: the base model alone
+    hf_worker.py cpu|cuda THREADS DIR RANK        rank 0: the base model alone
     train N LEN | prefill LEN | decode N STEPS | logprobs TOKEN... | memory        answers: one JSON object a line, the first when ready
 """
 
@@ -16,12 +16,12 @@ from worker import memory, serve
 
 
 def main():
-    threads, folder, rank = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    device, threads, folder, rank = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device)
     vocab = model.config.vocab_size
     if rank:
         model = peft.get_peft_model(model, peft.LoraConfig(
@@ -29,34 +29,39 @@ def main():
             target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]))
     model.eval()
 
+    def now():
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
     def train(n, length):
-        ids = torch.randint(0, vocab, (n, length + 1))
-        start = time.perf_counter()
+        ids = torch.randint(0, vocab, (n, length + 1), device=device)
+        start = now()
         logits = model(input_ids=ids[:, :-1]).logits
         loss = torch.nn.functional.cross_entropy(logits.reshape(-1, vocab).float(), ids[:, 1:].reshape(-1), reduction="sum")
         loss.backward()
-        return {"seconds": time.perf_counter() - start}
+        return {"seconds": now() - start}
 
     @torch.no_grad()
     def prefill(length):
-        ids = torch.randint(0, vocab, (1, length))
-        start = time.perf_counter()
+        ids = torch.randint(0, vocab, (1, length), device=device)
+        start = now()
         model(input_ids=ids, logits_to_keep=1, use_cache=True).logits.argmax(-1)
-        return {"seconds": time.perf_counter() - start}
+        return {"seconds": now() - start}
 
     @torch.no_grad()
     def decode(n, steps):
-        ids = torch.randint(0, vocab, (n, 16))
+        ids = torch.randint(0, vocab, (n, 16), device=device)
         out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-        start = time.perf_counter()
+        start = now()
         for _ in range(steps):
             out = model(input_ids=out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
-        return {"seconds": time.perf_counter() - start}
+        return {"seconds": now() - start}
 
     @torch.no_grad()
     def logprobs(*ids):
         """Of each token but the first, given those before it."""
-        ids = torch.tensor([ids])
+        ids = torch.tensor([ids], device=device)
         out = model(input_ids=ids).logits[:, :-1].float().log_softmax(-1)
         return {"logprobs": out.gather(-1, ids[:, 1:, None]).flatten().tolist()}
 

@@ -1,9 +1,10 @@
 /*
- * Times the CPU backend's kernels on the shapes of Qwen3-0.6B and prints what they reach beside the
- * machine's limits: memory bandwidth and the rate of the largest product. Medians; nothing is
- * asserted.
+ * Times a backend's kernels on the shapes of Qwen3-0.6B and prints what they reach beside the
+ * device's limits: memory bandwidth and the rate of the largest product. Medians, each call waited
+ * for; nothing is asserted.
  *
- *     bench/kernels [--threads N] [--dtype bf16|f32] [--isa NAME] [--rows 1,8,...] [--only limits]
+ *     bench/kernels [--backend cpu|cuda] [--threads N] [--dtype bf16|f32] [--isa NAME]
+ *                   [--rows 1,8,...] [--only limits]
  */
 #include <stdint.h>
 #include <stdio.h>
@@ -27,6 +28,9 @@ enum {
 static struct tb_backend *be;
 static const struct tb_backend_ops *ops;
 static size_t esz;
+/* What the limits are measured with: enough that starting a call and waiting for it is nothing. */
+static size_t limit_floats = (size_t)96 << 20;
+static int limit_rows = 512;
 
 static double now(void)
 {
@@ -41,15 +45,27 @@ static int cmp(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
+/* Waits for the device. */
+static void done(void)
+{
+    struct tb_error err = {0};
+    if (ops->sync(be, &err)) {
+        fprintf(stderr, "%s\n", err.msg);
+        exit(1);
+    }
+}
+
 /* Median seconds of a statement. */
 #define TIME(out, stmt)                                                                            \
     do {                                                                                           \
         double t_[15], spent_ = 0;                                                                 \
         int n_ = 0;                                                                                \
         stmt;                                                                                      \
+        done();                                                                                    \
         while (n_ < 3 || (n_ < 15 && spent_ < 0.5)) {                                              \
             double a_ = now();                                                                     \
             stmt;                                                                                  \
+            done();                                                                                \
             t_[n_] = now() - a_;                                                                   \
             spent_ += t_[n_++];                                                                    \
         }                                                                                          \
@@ -57,9 +73,8 @@ static int cmp(const void *a, const void *b)
         (out) = t_[n_ / 2];                                                                        \
     } while (0)
 
-static void *memory(size_t bytes)
+static void *checked(void *p, size_t bytes)
 {
-    void *p = ops->alloc(be, bytes);
     if (!p) {
         fprintf(stderr, "no memory for %zu bytes\n", bytes);
         exit(1);
@@ -67,14 +82,41 @@ static void *memory(size_t bytes)
     return p;
 }
 
+/* The device's memory, and how long each piece is. */
+static struct piece {
+    void *p;
+    size_t bytes;
+} pieces[256];
+static int n_pieces;
+
+static void *memory(size_t bytes)
+{
+    if (n_pieces == (int)(sizeof(pieces) / sizeof(pieces[0]))) exit(1);
+    struct piece *m = &pieces[n_pieces++];
+    *m = (struct piece){checked(ops->alloc(be, bytes), bytes), bytes};
+    return m->p;
+}
+
+static void drop(void *p)
+{
+    for (int i = 0; i < n_pieces; i++) {
+        if (pieces[i].p != p) continue;
+        ops->free(be, p, pieces[i].bytes);
+        pieces[i] = pieces[--n_pieces];
+        return;
+    }
+}
+
 static float *floats(size_t n)
 {
-    float *p = memory(n * 4);
+    float *host = checked(malloc(n * 4 + 1), n * 4), *p = memory(n * 4);
     uint32_t s = 12345;
     for (size_t i = 0; i < n; i++) {
         s = s * 1664525u + 1013904223u;
-        p[i] = (float)(int32_t)s * 0x1p-31f;
+        host[i] = (float)(int32_t)s * 0x1p-31f;
     }
+    ops->upload(be, p, host, n * 4);
+    free(host);
     return p;
 }
 
@@ -83,13 +125,8 @@ static void *acts(size_t n)
     float *f = floats(n);
     void *p = memory(n * esz);
     ops->to_act(be, f, n, p);
-    ops->free(be, f, n * 4);
+    drop(f);
     return p;
-}
-
-static void drop(void *p)
-{
-    ops->free(be, p, 0);
 }
 
 struct matrix {
@@ -105,14 +142,17 @@ static struct matrix matrices[] = {
     {"head", VOCAB, HIDDEN, NULL},
 };
 enum { N_MATRICES = 5, N_LAYER_MATRICES = 4 };
+/* A layer's matrices do not fill a GPU: its limit is measured with this one. */
+static struct matrix large = {"large", 8192, 8192, NULL};
 
-static void make_weights(int count)
+static void make_weights(struct matrix *list, int count)
 {
     for (int i = 0; i < count; i++) {
-        struct matrix *m = matrices + i;
+        struct matrix *m = list + i;
         size_t n = (size_t)m->n_out * (size_t)m->n_in;
-        void *src = acts(n);
-        const void *parts[1] = {src};
+        void *src = acts(n), *host = checked(malloc(n * esz), n * esz);
+        ops->download(be, host, src, n * esz);
+        const void *parts[1] = {host};
         enum tb_dtype dtypes[1] = {be->act};
         struct tb_error err = {0};
         double a = now();
@@ -121,15 +161,17 @@ static void make_weights(int count)
             fprintf(stderr, "%s\n", err.msg);
             exit(1);
         }
+        done();
         a = now() - a;
         printf("pack %-8s both ways: %.2f GB/s of source\n", m->name, 2e-9 * (double)(n * esz) / a);
         drop(src);
+        free(host);
     }
 }
 
 static void bandwidth(void)
 {
-    size_t n = (size_t)96 << 20;
+    size_t n = limit_floats;
     float *x = floats(n);
     double t;
     volatile double sum = 0;
@@ -138,22 +180,23 @@ static void bandwidth(void)
     drop(x);
 }
 
-/* The fastest of a layer's products of 512 rows. */
-static void product_rate(void)
+/* The fastest of their products of many rows. */
+static void product_rate(struct matrix *list, int count)
 {
+    size_t rows = (size_t)limit_rows;
     double best = 0;
-    for (int i = 0; i < N_LAYER_MATRICES; i++) {
-        struct matrix *m = matrices + i;
-        void *x = acts((size_t)512 * (size_t)m->n_in);
-        float *y = floats((size_t)512 * (size_t)m->n_out);
+    for (int i = 0; i < count; i++) {
+        struct matrix *m = list + i;
+        void *x = acts(rows * (size_t)m->n_in);
+        float *y = floats(rows * (size_t)m->n_out);
         double t;
-        TIME(t, ops->matmul(be, m->w, x, 512, NULL, y, m->n_out, false));
-        double rate = 2e-9 * 512 * (double)m->n_in * m->n_out / t;
+        TIME(t, ops->matmul(be, m->w, x, limit_rows, NULL, y, m->n_out, false));
+        double rate = 2e-9 * limit_rows * (double)m->n_in * m->n_out / t;
         best = rate > best ? rate : best;
         drop(x);
         drop(y);
     }
-    printf("fastest product of 512 rows: %.1f GFLOP/s\n", best);
+    printf("fastest product of %d rows: %.1f GFLOP/s\n", limit_rows, best);
 }
 
 static void matmuls(int T)
@@ -347,11 +390,13 @@ int main(int argc, char **argv)
 {
     struct tb_backend_options o = {0};
     struct tb_error err = {0};
-    const char *dtype = "auto", *rows = "1,8,32,512,2048";
+    const char *backend = "cpu", *dtype = "auto", *rows = "1,8,32,512,2048";
     char line[128];
     bool only_limits = false;
     for (int i = 1; i + 1 < argc; i += 2) {
-        if (strcmp(argv[i], "--threads") == 0)
+        if (strcmp(argv[i], "--backend") == 0)
+            backend = argv[i + 1];
+        else if (strcmp(argv[i], "--threads") == 0)
             o.n_threads = (int)strtol(argv[i + 1], NULL, 10);
         else if (strcmp(argv[i], "--dtype") == 0)
             dtype = argv[i + 1];
@@ -362,17 +407,23 @@ int main(int argc, char **argv)
         else if (strcmp(argv[i], "--only") == 0)
             only_limits = strcmp(argv[i + 1], "limits") == 0;
     }
-    if (tb_backend_create(&be, "cpu", dtype, &o, &err)) {
+    if (tb_backend_create(&be, backend, dtype, &o, &err)) {
         fprintf(stderr, "%s\n", err.msg);
         return 2;
     }
     ops = be->ops;
     esz = tb_dtype_size(be->act);
+    bool gpu = strcmp(ops->name, "cpu") != 0;
+    if (gpu) {
+        limit_floats *= 4;
+        limit_rows = 16384;
+    }
     ops->describe(be, line, sizeof(line));
     printf("%s\n", line);
     bandwidth();
-    make_weights(only_limits ? N_LAYER_MATRICES : N_MATRICES);
-    product_rate();
+    if (gpu) make_weights(&large, 1);
+    if (!gpu || !only_limits) make_weights(matrices, only_limits ? N_LAYER_MATRICES : N_MATRICES);
+    product_rate(gpu ? &large : matrices, gpu ? 1 : N_LAYER_MATRICES);
     for (const char *r = only_limits ? "" : rows; *r;) {
         char *end;
         int T = (int)strtol(r, &end, 10);
@@ -386,6 +437,7 @@ int main(int argc, char **argv)
     }
     for (int i = 0; i < N_MATRICES; i++)
         ops->weight_free(be, matrices[i].w);
+    ops->weight_free(be, large.w);
     ops->destroy(be);
     return 0;
 }

@@ -37,6 +37,7 @@ def arguments(doc, repeat=3):
     parser.add_argument("--models", default=os.path.join(ROOT, "build", "bench-models"),
                         help="folder where the random models are kept; made when missing, which needs numpy")
     parser.add_argument("--shape", default="qwen3-0.6b", help="the large model, as bench/make-random-model knows it")
+    parser.add_argument("--backend", default="cpu", choices=["cpu", "cuda"], help="what the server and each peer compute on")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the server and of each peer")
     parser.add_argument("--dtype", default="auto", choices=["auto", "bf16", "f32"])
     parser.add_argument("--option", action="append", default=[], help="one more for the server, as --option=--memory=8G")
@@ -48,19 +49,22 @@ def arguments(doc, repeat=3):
         parser.error("no server found: build it, or name it with --daemon or TB_DAEMON")
     os.environ["TB_DAEMON"] = args.daemon
     args.repeat = args.repeat or (1 if args.quick else repeat)
+    module = built(args, "src/cuda/tb-cuda.so")
+    if args.backend == "cuda" and module:
+        os.environ.setdefault("TB_CUDA_MODULE", module)
     return args
 
 
-def program(args, name):
-    """The path of bench/NAME in the server's build folder, None where it is not built."""
+def built(args, name):
+    """The path of a file in the server's build folder, None where it is not built."""
     build = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(args.daemon))))
-    path = os.path.join(build, "bench", name)
-    return path if os.access(path, os.X_OK) else None
+    path = os.path.join(build, name)
+    return path if os.access(path, os.R_OK) else None
 
 
 def load_of(args, port, pid, *words):
     """What one run of bench/load measured; pid: whose CPU time and memory it takes down."""
-    path = program(args, "load")
+    path = built(args, "bench/load")
     if not path:
         sys.exit("bench/load is not built: ninja -C BUILD bench/load")
     command = [path, *map(str, words), "--port", str(port), "--pid", str(pid)]
@@ -162,7 +166,7 @@ class Server:
         self.folder = model(args, shape)
         self.tmp = tempfile.TemporaryDirectory()
         self.daemon = Daemon({"bench": self.folder}, os.path.join(self.tmp.name, "data"), dtype=args.dtype,
-                             args=["--threads", str(args.threads), *args.option])
+                             args=["--backend", args.backend, "--threads", str(args.threads), *args.option])
         self.daemon.start(timeout=600)
         self.raw = Raw(self.daemon.url, timeout=600)
         self.session = self.raw.create_session()
@@ -184,6 +188,8 @@ class Server:
     def dtype(self, args):
         if args.dtype != "auto":
             return args.dtype
+        if args.backend == "cuda":
+            return "bf16"
         with open("/proc/cpuinfo", encoding="ascii", errors="replace") as f:
             return "bf16" if "avx512_bf16" in f.read() else "f32"
 
@@ -257,12 +263,12 @@ class Server:
 class Peer:
     """A process that does the same work with another library, one command a line; see the workers for the commands."""
 
-    def __init__(self, name, python, threads, worker, *words):
-        env = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
+    def __init__(self, name, python, args, worker, *words):
+        env = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
                "PYTHONWARNINGS": "ignore"}
         self.name = name
         began = time.perf_counter()
-        self.process = subprocess.Popen([python, os.path.join(HERE, worker), str(threads), *(str(w) for w in words)],
+        self.process = subprocess.Popen([python, os.path.join(HERE, worker), args.backend, str(args.threads), *map(str, words)],
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
         self.versions = self.answer()
         self.start_seconds = time.perf_counter() - began
@@ -295,7 +301,7 @@ class Peer:
 
 def hugging_face(args, folder, rank):
     """rank 0: the base model alone."""
-    return Peer(HF, args.hf, args.threads, "hf_worker.py", folder, rank)
+    return Peer(HF, args.hf, args, "hf_worker.py", folder, rank)
 
 
 def llama(args, folder):
@@ -303,7 +309,7 @@ def llama(args, folder):
     if not os.path.exists(gguf):
         print(f"making {gguf}", file=sys.stderr)
         subprocess.run([args.llama, os.path.join(HERE, "make-gguf"), folder, gguf], check=True)
-    return Peer(LLAMA, args.llama, args.threads, "llama_worker.py", gguf)
+    return Peer(LLAMA, args.llama, args, "llama_worker.py", gguf)
 
 
 def peers(args, server, report, stack):
@@ -333,8 +339,8 @@ class Report:
         self.args, self.rows = args, {}
         self.machine = {"GB/s": [], "GFLOP/s": []}
         self.out = {"script": script, "facts": {
-            "cpu": cpu_name(), "cores": os.cpu_count(), "threads": args.threads, "dtype": args.dtype, "rounds": args.repeat,
-            "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime())}}
+            "backend": args.backend, "cpu": cpu_name(), "cores": os.cpu_count(), "threads": args.threads, "dtype": args.dtype,
+            "rounds": args.repeat, "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime())}}
 
     def fact(self, name, value):
         self.out["facts"][name] = value
@@ -347,12 +353,15 @@ class Report:
         print(f"  {what}, {side}: {value:.4g} {unit}", file=sys.stderr, flush=True)
 
     def rates(self):
-        """Measures the machine: how fast it reads memory, and its fastest product. Nothing where bench/kernels is not built."""
-        kernels = program(self.args, "kernels")
+        """Measures the CPU or the GPU: how fast it reads memory, and its fastest product. Nothing where bench/kernels is not
+        built."""
+        kernels = built(self.args, "bench/kernels")
         if not kernels:
             return
-        command = [kernels, "--threads", str(self.args.threads), "--dtype", self.args.dtype, "--only", "limits"]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command = [kernels, "--backend", self.args.backend, "--threads", str(self.args.threads), "--dtype", self.args.dtype,
+                   "--only", "limits"]
+        text = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        self.fact("device", text.split("\n", 1)[0])
         for unit in self.machine:
             self.machine[unit].append(float(re.search(r": ([\d.]+) " + unit + "$", text, re.M).group(1)))
 
@@ -429,7 +438,8 @@ def table(run):
     text = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in lines]
     text.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
     facts = run["facts"]
-    title = f"{run['script']}: {facts['cpu']}, {facts['threads']} threads, {facts['dtype']}"
+    device = f"{facts.get('device', 'cuda')}, " if facts.get("backend") == "cuda" else ""
+    title = f"{run['script']}: {device}{facts['cpu']}, {facts['threads']} threads, {facts['dtype']}"
     if run["machine"]:
         title += ", " + ", ".join(f"{number(v)} {u}" for u, v in run["machine"].items())
     return "\n".join([title, "", *text, ""])

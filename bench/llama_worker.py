@@ -1,6 +1,6 @@
 """llama.cpp doing the work of bench/decode and bench/prefill, one command a line on stdin; run by lib.py.
 
-    llama_worker.py THREADS MODEL.gguf
+    llama_worker.py cpu|cuda THREADS MODEL.gguf
     prefill LEN | decode N STEPS | logprobs TOKEN... | memory        answers: one JSON object a line, the first when ready
 """
 
@@ -18,11 +18,15 @@ CONTEXT, SEQUENCES = 4096, 64
 
 
 class Llama:
-    def __init__(self, threads, path):
+    def __init__(self, device, threads, path):
+        if device == "cuda" and not ll.llama_supports_gpu_offload():
+            sys.exit("this llama.cpp was built without CUDA")
         ll.llama_backend_init()
         self.quiet = ll.llama_log_callback(lambda level, text, data: None)
         ll.llama_log_set(self.quiet, ctypes.c_void_p(0))
-        self.model = ll.llama_model_load_from_file(path.encode(), ll.llama_model_default_params())
+        placed = ll.llama_model_default_params()
+        placed.n_gpu_layers = 1000 if device == "cuda" else 0
+        self.model = ll.llama_model_load_from_file(path.encode(), placed)
         params = ll.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = CONTEXT, CONTEXT, 512, SEQUENCES
         params.n_threads = params.n_threads_batch = threads
@@ -82,7 +86,7 @@ class Llama:
 
 
 def main():
-    side = Llama(int(sys.argv[1]), sys.argv[2])
+    side = Llama(sys.argv[1], int(sys.argv[2]), sys.argv[3])
     print(json.dumps({"llama-cpp-python": ll.__version__, "system": ll.llama_print_system_info().decode(), **memory()}),
           flush=True)
     serve({"prefill": side.prefill, "decode": side.decode, "logprobs": side.logprobs, "memory": memory})
