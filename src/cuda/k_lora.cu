@@ -361,20 +361,28 @@ __device__ static inline matrix<act> matrix_of(const void *p, int ld, int cols)
 template <int ROWS, int COLS, typename act>
 __device__ static inline void fill(act *to, const matrix<act> &m, int row, int n_rows, int col)
 {
-    enum { PIECE = stage<act>::PIECE, A_ROW = COLS / PIECE };
+    enum { PIECE = stage<act>::PIECE, A_ROW = COLS / PIECE, EACH = ROWS * A_ROW / TB_WARP };
     const act *from = m.p + (size_t)row * (size_t)m.ld + col;
-    for (int i = lane_id(); i < ROWS * A_ROW; i += TB_WARP) {
-        int r = i / A_ROW, c = i % A_ROW * PIECE, n = r < n_rows ? m.cols - col - c : 0;
-        act *at = to + r * (COLS + PIECE) + c;
-        if (m.whole) {
-            copy16_async(at, n > 0 ? from + r * m.ld + c : m.p, n <= 0);
-            continue;
+    int n_cols = m.cols - col, r = lane_id() / A_ROW, c = lane_id() % A_ROW * PIECE;
+    to += r * (COLS + PIECE) + c;
+    from += r * m.ld + c;
+    if (m.whole) {
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            int down = i * (TB_WARP / A_ROW);
+            bool in = r + down < n_rows && c < n_cols;
+            copy16_async(to + down * (COLS + PIECE), in ? from + down * m.ld : m.p, !in);
         }
+        return;
+    }
+#pragma unroll 1
+    for (int i = 0; i < EACH; i++) {
+        int down = i * (TB_WARP / A_ROW);
         for (int e = 0; e < PIECE; e++)
-            if (e < n)
-                at[e] = from[r * m.ld + c + e];
+            if (r + down < n_rows && c + e < n_cols)
+                to[down * (COLS + PIECE) + e] = from[down * m.ld + e];
             else
-                store_act(at + e, 0);
+                store_act(to + down * (COLS + PIECE) + e, 0);
     }
 }
 
