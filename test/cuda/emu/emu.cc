@@ -107,7 +107,7 @@ struct engine {
     emu_place kernel = {};
     int n_threads = 0;
     unsigned char *shared = NULL;
-    unsigned char exchange[MAX_BLOCK / 32][2][32][32];
+    alignas(32) unsigned char exchange[MAX_BLOCK / 32][2][32][32];
     engine();
     ~engine();
 };
@@ -185,7 +185,9 @@ engine::engine()
         fibers[i].stack = stacks + (size_t)i * STACK;
         fibers[i].fake = NULL;
         mprotect(fibers[i].stack, page, PROT_NONE); /* an overflow crashes */
-        make_context(&fibers[i].at, fibers[i].stack, STACK, fiber_main);
+        /* Tops of different places in a page: stacks a power of two apart would share cache lines'
+         * sets. */
+        make_context(&fibers[i].at, fibers[i].stack, STACK - (size_t)(i % 61) * 320, fiber_main);
     }
 }
 engine::~engine()
@@ -210,12 +212,16 @@ void emu_sync_warp(const char *what, const char *file, int line)
     stop_at(AT_WARP, what, file, line);
 }
 
+static bool same_text(const char *a, const char *b)
+{
+    return a == b || strcmp(a, b) == 0;
+}
 static bool same_place(const fiber *a, const fiber *b)
 {
     if (a->wait != b->wait) return false;
     return a->wait == ENDED ||
-           (a->stopped.line == b->stopped.line && !strcmp(a->stopped.file, b->stopped.file) &&
-            !strcmp(a->stopped.what, b->stopped.what));
+           (a->stopped.line == b->stopped.line && same_text(a->stopped.file, b->stopped.file) &&
+            same_text(a->stopped.what, b->stopped.what));
 }
 static void must_meet(const fiber *a, const fiber *b, const char *who)
 {
@@ -321,22 +327,23 @@ const unsigned char *emu_exchange(const char *what, unsigned mask, const void *m
 
 void emu_mma_bf16(float d[4], const uint32_t a[4], const uint32_t b[2], const char *file, int line)
 {
-    struct words {
-        uint32_t a[4], b[2];
-    } mine = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
-    const unsigned char *all = emu_exchange("mma", 0xffffffffu, &mine, sizeof(mine), file, line);
+    uint32_t mine[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+    const unsigned char *all = emu_exchange("mma", 0xffffffffu, mine, sizeof(mine), file, line);
     int g = emu_lane() / 4, t = emu_lane() % 4;
-    for (int i = 0; i < 4; i++) {
-        int row = g + i / 2 * 8, col = 2 * t + i % 2;
-        double sum = 0;
-        for (int k = 0; k < 16; k++) {
-            words x = emu_from<words>(all, row % 8 * 4 + k % 8 / 2);
-            words y = emu_from<words>(all, col * 4 + k % 8 / 2);
-            uint32_t u = x.a[row / 8 + k / 8 * 2], v = y.b[k / 8];
+    float x[2][16], y[2][16]; /* two rows of a, two columns of b */
+    for (int k = 0; k < 16; k++) {
+        for (int i = 0; i < 2; i++) {
+            const uint32_t *row = (const uint32_t *)(all + 32 * (g * 4 + k % 8 / 2));
+            const uint32_t *col = (const uint32_t *)(all + 32 * ((2 * t + i) * 4 + k % 8 / 2));
             int shift = k % 2 * 16;
-            sum += (double)__bfloat162float({(unsigned short)(u >> shift)}) *
-                   (double)__bfloat162float({(unsigned short)(v >> shift)});
+            x[i][k] = __bfloat162float({(unsigned short)(row[i + k / 8 * 2] >> shift)});
+            y[i][k] = __bfloat162float({(unsigned short)(col[4 + k / 8] >> shift)});
         }
+    }
+    for (int i = 0; i < 4; i++) {
+        double sum = 0;
+        for (int k = 0; k < 16; k++)
+            sum += (double)x[i / 2][k] * (double)y[i % 2][k];
         d[i] = (float)((double)d[i] + sum);
     }
 }

@@ -20,6 +20,9 @@
 #include "backend/backend.h"
 #include "backend/cpu/cpu.h"
 #include "util/philox.h"
+#ifdef TB_TEST_CUDA
+#    include "cuda/cuda.h"
+#endif
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #    define SLOW 1
@@ -47,39 +50,20 @@ static const struct target targets[] = {
 };
 #define N_TARGETS (int)(sizeof(targets) / sizeof(targets[0]))
 
-#ifdef TB_TEST_CUDA
-int tb_backend_cuda_create(struct tb_backend **out, const struct tb_backend_options *options,
-                           struct tb_error *err);
-
-/* Until all kernels are there: a test of a function that is not is skipped. */
-static void missing(void)
-{
-    print_message("a function is missing\n");
-    skip();
-}
-static inline struct tb_backend *open_cuda(enum tb_dtype act)
-{
-    struct tb_backend *be = NULL;
-    struct tb_error err = {0};
-    struct tb_backend_options o = {.act = act, .mem_limit = (size_t)256 << 20};
-    if (tb_backend_cuda_create(&be, &o, &err)) fail_msg("%s", err.msg);
-    void (**f)(void) = (void (**)(void))(uintptr_t)be->ops;
-    for (size_t i = 1; i < sizeof(*be->ops) / sizeof(*f); i++)
-        if (!f[i] && &f[i] != (void (**)(void))(uintptr_t)&be->ops->matmul_lora) f[i] = missing;
-    return be;
-}
-#endif
-
 /* NULL where this machine lacks the instruction set. */
 static inline struct tb_backend *open_backend(const char *isa, enum tb_dtype act, int threads)
 {
     struct tb_backend *be = NULL;
     struct tb_error err = {0};
     struct tb_backend_options o = {.act = act, .n_threads = threads, .isa = isa};
+    int rc;
 #ifdef TB_TEST_CUDA
-    if (strcmp(isa, "cuda") == 0) return open_cuda(act);
+    o.mem_limit = (size_t)256 << 20;
+    if (strcmp(isa, "cuda") == 0)
+        rc = tb_backend_cuda_create(&be, &o, &err);
+    else
 #endif
-    int rc = tb_backend_cpu_create(&be, &o, &err);
+        rc = tb_backend_cpu_create(&be, &o, &err);
     if (rc == TB_EUNSUPPORTED) return NULL;
     assert_int_equal(rc, 0);
     return be;

@@ -10,18 +10,32 @@
 
 #include "util/mem.h"
 #include "util/philox.h"
+#ifdef TB_TEST_CUDA /* test/cuda/ */
+#    include "cuda/cuda.h"
+#endif
 
 static struct tb_backend *backends[2];
 static bool tried[2];
 
+struct tb_backend *new_backend(const char *dtype)
+{
+    struct tb_backend *be = NULL;
+    struct tb_error err = {0};
+#ifdef TB_TEST_CUDA
+    struct tb_backend_options o = {.act = strcmp(dtype, "f32") ? TB_BF16 : TB_F32,
+                                   .mem_limit = (size_t)256 << 20};
+    if (tb_backend_cuda_create(&be, &o, &err)) fail_msg("%s", err.msg);
+#else
+    struct tb_backend_options o = {.n_threads = 2, .isa = getenv("TB_TEST_ISA")};
+    if (tb_backend_create(&be, "cpu", dtype, &o, &err)) return NULL;
+#endif
+    return be;
+}
+
 static struct tb_backend *backend(int i, const char *dtype)
 {
-    if (!tried[i]) {
-        struct tb_backend_options o = {.n_threads = 2, .isa = getenv("TB_TEST_ISA")};
-        struct tb_error err;
-        tried[i] = true;
-        if (tb_backend_create(&backends[i], "cpu", dtype, &o, &err)) backends[i] = NULL;
-    }
+    if (!tried[i]) backends[i] = new_backend(dtype);
+    tried[i] = true;
     return backends[i];
 }
 

@@ -21,6 +21,7 @@
 struct tb_backend *backend_f32(void);
 struct tb_backend *backend_bf16(void); /* NULL when this machine has none */
 void backends_fini(void);
+struct tb_backend *new_backend(const char *dtype); /* "f32", "bf16"; the caller's */
 
 /* ---- oracle */
 const char *oracle_path(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
