@@ -170,6 +170,11 @@ static void test_reports(void **)
     dies([] { TB_LAUNCH(&dev, k_short_warp, 1, 40, 0, 0); });
     dies([] { TB_LAUNCH(&dev, k_mask, 1, 32, 0, 0); });
     dies([] { TB_LAUNCH(&dev, k_behind, 1, 32, 32, 0); });
+    dies([] {
+        char *p = NULL;
+        setenv("TB_EMU_PROTECT", "1", 1);
+        if (!cudaMalloc((void **)&p, 100) && !cudaMemset(p, 1, 100)) p[50] = 2;
+    });
     dies([] { TB_LAUNCH(&dev, k_misaligned, 1, 32, 0, (const char *)&dev); });
 }
 

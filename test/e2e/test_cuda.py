@@ -15,13 +15,14 @@ CUDA = ["--backend", "cuda", "--memory", "256M"]
 
 @pytest.fixture
 def emulated(monkeypatch):
-    """set(**environment): servers started from now on find the emulated module."""
+    """set(**environment): servers started from now on find the emulated module. Device memory is out of the host's reach."""
     module = os.path.join(os.path.dirname(find_daemon()), "..", "..", "test", "cuda", "tb-cuda-emulated.so")
     if not os.path.exists(module):
         pytest.skip("the emulation is not built")
 
     def set_up(**environment):
         monkeypatch.setenv("TB_CUDA_MODULE", module)
+        monkeypatch.setenv("TB_EMU_PROTECT", "1")
         for name, value in environment.items():
             monkeypatch.setenv(name, str(value))
 
@@ -109,3 +110,13 @@ def test_no_device(emulated, tiny, tmp_path, environment, word):
                           "--log-level", "error"], capture_output=True, text=True, timeout=60, check=False)
     assert run.returncode == 2 and word in run.stderr
     assert len(run.stderr.strip().splitlines()) == 1
+
+
+def test_auto_takes_the_cpu(emulated, start, monkeypatch):
+    """Where no GPU can be used `auto` says so in a line, and the server runs on the CPU."""
+    emulated(TB_EMU_DEVICES=0)
+    lines = [line for line in start(args=["--backend", "auto"]).log().splitlines() if " takes the CPU: " in line]
+    assert len(lines) == 1
+    monkeypatch.setenv("TB_CUDA_MODULE", "/nowhere/tb-cuda.so")
+    lines = [line for line in start(args=["--backend", "auto"]).log().splitlines() if " takes the CPU: " in line]
+    assert len(lines) == 1

@@ -126,8 +126,7 @@ static size_t memory_total(void)
 }
 static bool protecting(void)
 {
-    static const bool on = environment("TB_EMU_PROTECT", 0) != 0;
-    return on;
+    return environment("TB_EMU_PROTECT", 0) != 0;
 }
 
 cudaError_t cudaDriverGetVersion(int *version)
