@@ -471,6 +471,16 @@ static void test_lost(void **state)
     free(table);
 }
 
+static void test_complete(void **state)
+{
+    struct tb_backend *be = open_device(TB_BF16, (size_t)256 << 20);
+    void *words[sizeof(struct tb_backend_ops) / sizeof(void *)];
+    memcpy(words, be->ops, sizeof(words));
+    for (size_t i = 0; i < TB_ARRAY_LEN(words); i++)
+        if (!words[i]) fail_msg("the table's function %zu is missing", i);
+    be->ops->destroy(be);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -478,6 +488,7 @@ int main(void)
         cmocka_unit_test(test_fragments), cmocka_unit_test(test_staging),
         cmocka_unit_test(test_rows),      cmocka_unit_test(test_no_candidate),
         cmocka_unit_test(test_steps),     cmocka_unit_test(test_lost),
+        cmocka_unit_test(test_complete),
     };
     return cmocka_run_group_tests_name("cuda host", tests, NULL, NULL);
 }
