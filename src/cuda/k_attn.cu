@@ -571,15 +571,11 @@ static void run(struct tb_cuda *c, const struct call *a, const struct tb_attn_se
     }
 }
 
-/* The page numbers of n sequences on the device; NULL: the device is lost. */
+/* The page numbers of n sequences, at most TB_CUDA_STAGE bytes, on the device; NULL: it is lost. */
 static const int32_t *stage_pages(struct tb_cuda *c, const struct tb_attn_seq *seqs, int n,
                                   int n_pages)
 {
-    int32_t *all = (int32_t *)tb_try_malloc((size_t)n_pages * sizeof(*all)), *at = all;
-    if (!all) {
-        tb_cuda_ok(c, cudaErrorMemoryAllocation, "attention: page numbers");
-        return NULL;
-    }
+    int32_t *all = (int32_t *)tb_malloc((size_t)n_pages * sizeof(*all)), *at = all;
     for (int i = 0; i < n; i++) {
         int k = n_pages_of(&seqs[i]);
         if (k) memcpy(at, seqs[i].pages, (size_t)k * sizeof(*all));
