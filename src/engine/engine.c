@@ -211,8 +211,36 @@ const char *tb_engine_describe(const struct tb_engine *e)
     return e->describe;
 }
 
+static void copy_done(struct tb_task *t)
+{
+    tb_op_destroy(t->op);
+    tb_task_destroy(t);
+}
+
+/* A session's losses are for models on all lanes; each lane keeps its own. */
+static void tell_other_lanes(struct tb_engine *e, const struct tb_task *task)
+{
+    for (int i = 0; i < TB_MIN(e->n_lanes, e->n_models); i++) { /* model i is on lane i */
+        if (e->lanes[i] == lane_of(e, task->model)) continue;
+        struct tb_task *t = tb_task_create(task->type);
+        t->model = i;
+        t->loss_id = task->loss_id;
+        t->cb = copy_done;
+        if (task->op) {
+            const struct tb_create_custom_loss *from = &task->op->u.create_custom_loss;
+            t->op = tb_op_create(task->op->type);
+            t->op->u.create_custom_loss = *from;
+            t->op->u.create_custom_loss.text =
+                tb_arena_strndup(&t->op->arena, from->text, from->n_text);
+        }
+        lane_submit(e->lanes[i], t);
+    }
+}
+
 void tb_engine_submit(struct tb_engine *e, struct tb_task *task)
 {
+    if (task->type == TB_TASK_LOSS_CREATE || task->type == TB_TASK_LOSS_FREE)
+        tell_other_lanes(e, task);
     lane_submit(task->model >= 0 ? lane_of(e, task->model) : e->lanes[0], task);
 }
 

@@ -36,8 +36,8 @@ struct tb_training {
 
 struct fake_event fake_events[FAKE_MAX_EVENTS];
 int fake_n_events;
-int fake_live_adapters, fake_live_versions, fake_live_samplings, fake_live_graphs,
-    fake_live_trainings;
+int fake_live_adapters, fake_live_versions, fake_live_samplings, fake_live_trainings;
+_Atomic int fake_live_graphs;
 int fake_steps, fake_first_step[FAKE_MAX_SEQ];
 int fake_reserved, fake_max_reserved;
 int fake_with_graph;

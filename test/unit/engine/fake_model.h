@@ -18,8 +18,8 @@ struct fake_event {
 #define FAKE_MAX_EVENTS 20000
 extern struct fake_event fake_events[FAKE_MAX_EVENTS];
 extern int fake_n_events;
-extern int fake_live_adapters, fake_live_versions, fake_live_samplings, fake_live_graphs,
-    fake_live_trainings;
+extern int fake_live_adapters, fake_live_versions, fake_live_samplings, fake_live_trainings;
+extern _Atomic int fake_live_graphs;           /* of several devices' lanes */
 extern int fake_with_graph;                    /* trainings with a custom loss */
 extern int fake_reserved, fake_max_reserved;   /* gradients in memory, and the most there may be */
 extern unsigned fake_train_us, fake_sample_us; /* time of a pass, of a step */

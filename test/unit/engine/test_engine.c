@@ -27,19 +27,35 @@ static void on_closed(void *arg)
     ((struct fixture *)arg)->closed = true;
 }
 
-static int setup(void **state)
+static int open_engine(void **state, int n_devices)
 {
+    static const int devices[] = {0, 1, 2};
     struct fixture *f = tb_calloc(1, sizeof(*f));
     struct tb_engine_model models[2] = {{.name = "a", .dir = "x", .tokenizer = "tok"},
                                         {.name = "b", .dir = "y"}};
-    struct tb_engine_options o = {
-        .models = models, .n_models = 2, .backend = "cpu", .dtype = "f32"};
+    struct tb_engine_options o = {.models = models,
+                                  .n_models = 2,
+                                  .backend = "cpu",
+                                  .dtype = "f32",
+                                  .devices = devices,
+                                  .n_devices = n_devices};
     struct tb_error err = {0};
     fake_reset();
     uv_loop_init(&f->loop);
     assert_int_equal(tb_engine_create(&f->engine, &f->loop, &o, &err), 0);
     *state = f;
     return 0;
+}
+
+static int setup(void **state)
+{
+    return open_engine(state, 0);
+}
+
+/* One more than there are models. */
+static int setup_devices(void **state)
+{
+    return open_engine(state, 3);
 }
 
 static void close_engine(struct fixture *f)
@@ -110,10 +126,13 @@ static struct tb_task *submit(struct fixture *f, enum tb_task_type type, uint64_
     return t;
 }
 
-/* LOSS_CREATE (text NULL: one that fails), LOSS_FREE, or a TRAIN that uses the loss. */
-static void submit_loss(struct fixture *f, enum tb_task_type type, uint64_t loss, const char *text)
+/* LOSS_CREATE (text NULL: one that fails), LOSS_FREE, or a TRAIN of adapter 1, which is on that
+ * model, that uses the loss. */
+static void submit_loss_on(struct fixture *f, int model, enum tb_task_type type, uint64_t loss,
+                           const char *text)
 {
     struct tb_task *t = tb_task_create(type);
+    t->model = model;
     t->adapter_id = 1;
     t->loss_id = loss;
     t->cb = on_done;
@@ -126,6 +145,11 @@ static void submit_loss(struct fixture *f, enum tb_task_type type, uint64_t loss
         t->op->u.create_custom_loss.n_text = text ? strlen(text) : 0;
     }
     tb_engine_submit(f->engine, t);
+}
+
+static void submit_loss(struct fixture *f, enum tb_task_type type, uint64_t loss, const char *text)
+{
+    submit_loss_on(f, 0, type, loss, text);
 }
 
 static void run_until(struct fixture *f, int done)
@@ -506,6 +530,25 @@ static void test_losses(void **state)
     assert_int_equal(f->failed, 1);
 }
 
+/* A loss is there on every device, in the order in which things were submitted. */
+static void test_losses_on_devices(void **state)
+{
+    struct fixture *f = *state;
+    struct tb_task *t = tb_task_create(TB_TASK_ADAPTER_CREATE);
+    t->model = 1;
+    t->adapter_id = 1;
+    t->cb = on_done;
+    t->arg = f;
+    tb_engine_submit(f->engine, t);
+    submit_loss_on(f, 0, TB_TASK_LOSS_CREATE, 7, "{}");
+    submit_loss_on(f, 1, TB_TASK_TRAIN, 7, NULL);
+    submit_loss_on(f, 0, TB_TASK_LOSS_FREE, 7, NULL);
+    submit_loss_on(f, 1, TB_TASK_TRAIN, 7, NULL); /* gone */
+    run_until(f, 5);
+    assert_int_equal(fake_with_graph, 1);
+    close_engine(f);
+}
+
 int main(void)
 {
 #define T(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
@@ -525,6 +568,7 @@ int main(void)
         T(test_cancel),
         T(test_failures),
         T(test_losses),
+        cmocka_unit_test_setup_teardown(test_losses_on_devices, setup_devices, teardown),
         T(test_close_in_the_middle),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
