@@ -30,7 +30,10 @@ void tb_cuda_fail(struct tb_cuda *c, const char *what, const char *why)
 
 bool tb_cuda_ok(struct tb_cuda *c, cudaError_t e, const char *what)
 {
-    if (e) tb_cuda_fail(c, what, cudaGetErrorString(e));
+    if (e) {
+        (void)cudaGetLastError(); /* or the thread's next launch, on any device, has failed too */
+        tb_cuda_fail(c, what, cudaGetErrorString(e));
+    }
     return !e && !c->lost.code && !c->capture_failed;
 }
 

@@ -199,14 +199,21 @@ static void test_staging(void **state)
         uint64_t word = (i + 1) * 0x9e3779b97f4a7c15u;
         memcpy(want + i, &word, 8);
     }
-    while (at < total) {
-        size_t n = pick(4) ? (size_t)pick(5000) + 1 : (size_t)pick((int)TB_CUDA_STAGE) + 1;
-        n = n < total - at ? n : total - at;
-        const char *d = tb_cuda_stage(c, want + at, n);
-        assert_non_null(d);
-        assert_int_equal((uintptr_t)d % TB_CUDA_ALIGN, 0);
-        be->ops->copy(be, kept + at, d, n); /* queued now, as a kernel would be */
-        at += n;
+    while (at < total) { /* what a call stages stays until it is done, up to twice the most */
+        const char *staged[8];
+        size_t n[8], room = 2 * TB_CUDA_STAGE, from = at;
+        int k = 0;
+        for (; k < 8 && room && at < total; k++) {
+            n[k] = pick(4) ? (size_t)pick(5000) + 1 : (size_t)pick((int)TB_CUDA_STAGE) + 1;
+            n[k] = n[k] < room ? n[k] : room;
+            n[k] = n[k] < total - at ? n[k] : total - at;
+            assert_non_null(staged[k] = tb_cuda_stage(c, want + at, n[k]));
+            assert_int_equal((uintptr_t)staged[k] % TB_CUDA_ALIGN, 0);
+            at += n[k];
+            room -= n[k];
+        }
+        for (int i = 0; i < k; from += n[i++]) /* queued now, as kernels would be */
+            be->ops->copy(be, kept + from, staged[i], n[i]);
     }
     be->ops->download(be, got, kept, total);
     assert_same_bits("staged", got, want, total);
@@ -471,6 +478,25 @@ static void test_lost(void **state)
     free(table);
 }
 
+/* One thread serves two devices: what one of them failed with is not the other's. */
+static void test_others_failure(void **state)
+{
+    struct tb_backend *a = open_device(TB_F32, (size_t)256 << 20),
+                      *b = open_device(TB_F32, (size_t)256 << 20);
+    float x[4] = {1, 2, 3, 4}, *p = b->ops->alloc(b, sizeof(x));
+    struct tb_error err = {0};
+    b->ops->upload(b, p, x, sizeof(x));
+    emu_fail_after(1);
+    assert_int_equal(a->ops->sync(a, &err), TB_EDEVICE);
+    emu_fail_after(0);
+    b->ops->add(b, p, p, 4);
+    b->ops->download(b, x, p, sizeof(x));
+    assert_int_equal(b->ops->sync(b, &err), 0);
+    assert_true(a->lost && !b->lost && x[3] == 8);
+    a->ops->destroy(a);
+    b->ops->destroy(b);
+}
+
 static void test_complete(void **state)
 {
     struct tb_backend *be = open_device(TB_BF16, (size_t)256 << 20);
@@ -484,11 +510,11 @@ static void test_complete(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_pool),      cmocka_unit_test(test_limits),
-        cmocka_unit_test(test_fragments), cmocka_unit_test(test_staging),
-        cmocka_unit_test(test_rows),      cmocka_unit_test(test_no_candidate),
-        cmocka_unit_test(test_steps),     cmocka_unit_test(test_lost),
-        cmocka_unit_test(test_complete),
+        cmocka_unit_test(test_pool),           cmocka_unit_test(test_limits),
+        cmocka_unit_test(test_fragments),      cmocka_unit_test(test_staging),
+        cmocka_unit_test(test_rows),           cmocka_unit_test(test_no_candidate),
+        cmocka_unit_test(test_steps),          cmocka_unit_test(test_lost),
+        cmocka_unit_test(test_others_failure), cmocka_unit_test(test_complete),
     };
     return cmocka_run_group_tests_name("cuda host", tests, NULL, NULL);
 }
