@@ -283,6 +283,17 @@ void tb_api_error_with(struct tb_http_request *req, const struct tb_error *err,
 
 /* ---- requests */
 
+int tb_api_inflate(const struct tb_api *a, enum tb_encoding enc, struct tb_span *body, char **own,
+                   struct tb_error *err)
+{
+    size_t max = TB_MIN(a->o.max_body, (size_t)TB_MAX_INFLATE_RATIO_BODY);
+    *own = NULL;
+    if (enc == TB_ENC_IDENTITY) return 0;
+    int rc = tb_inflate(enc, body->p, body->n, max, own, &body->n, err);
+    body->p = *own;
+    return rc;
+}
+
 int tb_api_body_parse(struct tb_http_request *req, bool optional, struct tb_json_doc *doc,
                       struct tb_error *err)
 {

@@ -97,6 +97,9 @@ int tb_api_body(struct tb_api *a, struct tb_http_request *req, bool optional,
 /* The same without an answer. On failure doc is empty: tb_json_free takes it. */
 int tb_api_body_parse(struct tb_http_request *req, bool optional, struct tb_json_doc *doc,
                       struct tb_error *err);
+/* The body without its encoding; *own is to be freed and holds it, or is NULL. Any thread. */
+int tb_api_inflate(const struct tb_api *a, enum tb_encoding enc, struct tb_span *body, char **own,
+                   struct tb_error *err);
 
 /* ?name= as an integer in min..max, `otherwise` when absent; on failure the request has been
  * answered. */

@@ -73,11 +73,20 @@ def test_tokens_and_back(demo):
     for text in ("", "Spell the word moon.", "naïve 🙂 \r\n\t\0 end", "<|im_start|>user", "日本" * 50):
         tokens = post(demo.url, "/tokenize", {"content": text})[1]["tokens"]
         assert post(demo.url, "/detokenize", {"tokens": tokens})[1]["content"] == text
+    text = "<|im_start|>naïve 🙂"
+    ids = post(demo.url, "/tokenize", {"content": text})[1]["tokens"]
+    pieces = post(demo.url, "/tokenize", {"content": text, "with_pieces": True})[1]["tokens"]
+    assert [p["id"] for p in pieces] == ids and pieces[0]["piece"] == "<|im_start|>"
+    assert any(isinstance(p["piece"], list) for p in pieces)  # a part of a character
+    assert b"".join(p.encode() if isinstance(p, str) else bytes(p) for p in (p["piece"] for p in pieces)).decode() == text
+    plain = post(demo.url, "/tokenize", {"content": text, "parse_special": False})[1]["tokens"]
+    assert ids[0] not in plain and post(demo.url, "/detokenize", {"tokens": plain})[1]["content"] == text
     many = "What is 3 + 4? " * 100000
     tokens = post(demo.url, "/tokenize", {"model": "demo", "content": many})[1]["tokens"]
     assert post(demo.url, "/detokenize", {"tokens": tokens})[1]["content"] == many
-    for path, body in (("/tokenize", {}), ("/tokenize", {"content": 3}), ("/detokenize", {"tokens": [5000]}),
-                       ("/detokenize", {"tokens": "x"}), ("/detokenize", {}), ("/tokenize", "{"), ("/tokenize", "[]")):
+    for path, body in (("/tokenize", {}), ("/tokenize", {"content": 3}), ("/tokenize", {"content": "x", "with_pieces": 1}),
+                       ("/detokenize", {"tokens": [5000]}), ("/detokenize", {"tokens": "x"}),
+                       ("/detokenize", {}), ("/tokenize", "{"), ("/tokenize", "[]")):
         status, answer = post(demo.url, path, body)
         assert status == 400 and answer["error"]["code"] == 400
     assert post(demo.url, "/tokenize", {"model": "none", "content": "x"})[0] == 404

@@ -4,6 +4,7 @@ The scripts' requests come in their order and with their ways of polling; the se
 """
 
 import base64
+import gzip
 import json
 import math
 import socket
@@ -346,6 +347,16 @@ def test_what_is_no_json(bell, path):
     for body in (b"{", b"\xff", b'{"data": [}'):
         reply = bell.post(path, body)
         assert reply.status == 500 and reply.json["detail"].startswith("400 Bad Request: "), reply
+
+
+def test_compressed_bodies(bell):
+    body = {"prompts": ["hi"], "sampling_params": {"seed": 1, "max_tokens": 4}}
+    plain = bell.post("sample", body)
+    packed = bell.post("sample", gzip.compress(json.dumps(body).encode()), {"Content-Encoding": "gzip"})
+    assert plain.status == packed.status == 200 and plain.json == packed.json
+    for encoding, data in (("gzip", b"{}"), ("br", b"{}")):
+        reply = bell.post("sample", data, {"Content-Encoding": encoding})
+        assert reply.status == 500 and "400 Bad Request: " in reply.json["detail"], reply
 
 
 def test_submit_echoes(bell):

@@ -300,7 +300,7 @@ static void completion(struct tb_api *a, struct tb_http_request *req,
 
 struct text_job {
     struct tb_span content;
-    bool add_special;
+    bool add_special, parse_special, with_pieces;
     int32_t *ids;
     size_t n;
 };
@@ -315,19 +315,47 @@ static int decode_text_job(struct tb_llm *l, const struct tb_json *root, struct 
         rc = tb_json_array(root, "tokens", true, &v, err);
         return rc ? rc : tb_json_as_i32s(&v, &l->arena, 0, INT32_MAX, &x->ids, &x->n, err);
     }
-    if ((rc = tb_json_bool(root, "add_special", false, &x->add_special, err))) return rc;
+    x->parse_special = true;
+    if ((rc = tb_json_bool(root, "add_special", false, &x->add_special, err)) ||
+        (rc = tb_json_bool(root, "parse_special", false, &x->parse_special, err)) ||
+        (rc = tb_json_bool(root, "with_pieces", false, &x->with_pieces, err)))
+        return rc;
     if (!tb_json_find(root, "content", &v))
         return tb_error_set(err, TB_EINVAL, "content: required, but absent");
     return tb_llm_span(&l->arena, &v, &x->content, err);
+}
+
+/* [{id, piece}]; a piece that is no text is a list of bytes. */
+static void put_pieces(struct tb_json_out *j, const struct tb_ids *ids,
+                       const struct tb_tokenizer *t)
+{
+    tb_jout_array(j, "tokens");
+    for (size_t i = 0; i < ids->n; i++) {
+        struct tb_span s;
+        tb_tokenizer_token_bytes(t, ids->p[i], &s);
+        tb_jout_object(j, NULL);
+        tb_jout_int(j, "id", ids->p[i]);
+        if (tb_utf8_valid(s.p, s.n))
+            tb_jout_strn(j, "piece", s.p, s.n);
+        else
+            tb_llm_put_bytes(j, "piece", s);
+        tb_jout_object_end(j);
+    }
+    tb_jout_array_end(j);
 }
 
 static int put_ids(struct tb_json_out *j, const struct text_job *x, const struct tb_tokenizer *t,
                    struct tb_error *err)
 {
     struct tb_ids ids;
+    unsigned flags =
+        (x->add_special ? TB_ENCODE_TEMPLATE : 0) | (x->parse_special ? 0 : TB_ENCODE_PLAIN);
     tb_ids_init(&ids);
-    int rc = tb_tokenizer_encode(t, x->content, x->add_special ? TB_ENCODE_TEMPLATE : 0, &ids, err);
-    if (rc == 0) tb_jout_i32s(j, "tokens", ids.p, ids.n);
+    int rc = tb_tokenizer_encode(t, x->content, flags, &ids, err);
+    if (rc == 0 && x->with_pieces)
+        put_pieces(j, &ids, t);
+    else if (rc == 0)
+        tb_jout_i32s(j, "tokens", ids.p, ids.n);
     tb_ids_fini(&ids);
     return rc;
 }

@@ -149,7 +149,7 @@ static int add_token(struct tb_llm *l, struct tb_llm_choice *c, const struct tb_
     }
     tb_llm_text_feed(&c->text, t->token, &c->whole);
     if (t->last) tb_llm_text_end(&c->text, &c->whole);
-    if (c->whole.failed || c->text.held.failed || c->text.marks.failed) return TB_ENOMEM;
+    if (c->whole.failed || tb_llm_text_failed(&c->text)) return TB_ENOMEM;
     if (!t->last) return 0;
     c->over = true;
     c->stopped = t->stopped;
@@ -469,14 +469,8 @@ static void on_decoded(uv_work_t *w, int status)
 static void decode(struct tb_llm *l)
 {
     struct tb_json_doc doc = {0};
-    char *plain = NULL;
-    int rc = 0;
-    if (l->body.encoding != TB_ENC_IDENTITY) {
-        size_t n = 0, max = TB_MIN(l->a->o.max_body, (size_t)TB_MAX_INFLATE_RATIO_BODY);
-        rc = tb_inflate(l->body.encoding, l->body.bytes.p, l->body.bytes.n, max, &plain, &n,
-                        &l->err);
-        l->body.bytes = (struct tb_span){plain, n};
-    }
+    char *plain;
+    int rc = tb_api_inflate(l->a, l->body.encoding, &l->body.bytes, &plain, &l->err);
     if (rc == 0) rc = tb_json_parse(&doc, l->body.bytes.p, l->body.bytes.n, &l->err);
     if (rc == 0 && !tb_json_is_object(&doc.root))
         rc = tb_error_set(&l->err, TB_EINVAL, "the body is not a JSON object");

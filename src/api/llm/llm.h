@@ -43,6 +43,7 @@ void tb_llm_text_fini(struct tb_llm_text *x);
 /* Appends to out what is certain after one more token. */
 void tb_llm_text_feed(struct tb_llm_text *x, int32_t token, struct tb_buf *out);
 void tb_llm_text_end(struct tb_llm_text *x, struct tb_buf *out); /* all that is left */
+bool tb_llm_text_failed(const struct tb_llm_text *x); /* found no memory; out may have, too */
 
 /* ---- a request */
 struct tb_llm_prompt {
@@ -187,7 +188,8 @@ enum tb_llm_token_parts {
     TB_LLM_TOKEN_BYTES = 2,
     TB_LLM_TOKEN_TOPS = 4, /* "top_logprobs" also when none were asked for */
 };
-struct tb_span tb_llm_token_bytes(const struct tb_llm *l, int32_t id); /* none: empty */
+struct tb_span tb_llm_token_bytes(const struct tb_llm *l, int32_t id);           /* none: empty */
+void tb_llm_put_bytes(struct tb_json_out *j, const char *key, struct tb_span s); /* as numbers */
 /* A list of c's tokens from .. c->n: {token, logprob, top_logprobs} and the parts. */
 void tb_llm_put_logprobs(struct tb_json_out *j, const char *key, const struct tb_llm *l,
                          const struct tb_llm_choice *c, int32_t from, unsigned parts);

@@ -11,6 +11,14 @@ struct tb_span tb_llm_token_bytes(const struct tb_llm *l, int32_t id)
     return s;
 }
 
+void tb_llm_put_bytes(struct tb_json_out *j, const char *key, struct tb_span s)
+{
+    tb_jout_array(j, key);
+    for (size_t i = 0; i < s.n; i++)
+        tb_jout_int(j, NULL, (unsigned char)s.p[i]);
+    tb_jout_array_end(j);
+}
+
 static void put_token(struct tb_json_out *j, const struct tb_llm *l, int32_t id, float logprob,
                       unsigned parts)
 {
@@ -18,11 +26,7 @@ static void put_token(struct tb_json_out *j, const struct tb_llm *l, int32_t id,
     if (parts & TB_LLM_TOKEN_ID) tb_jout_int(j, "id", id);
     tb_jout_strn(j, "token", s.p, s.n);
     tb_jout_f32(j, "logprob", logprob);
-    if (!(parts & TB_LLM_TOKEN_BYTES)) return;
-    tb_jout_array(j, "bytes");
-    for (size_t i = 0; i < s.n; i++)
-        tb_jout_int(j, NULL, (unsigned char)s.p[i]);
-    tb_jout_array_end(j);
+    if (parts & TB_LLM_TOKEN_BYTES) tb_llm_put_bytes(j, "bytes", s);
 }
 
 void tb_llm_put_logprobs(struct tb_json_out *j, const char *key, const struct tb_llm *l,

@@ -174,7 +174,8 @@ static void put_kept(struct keep *k, bool json, struct tb_span schema,
 }
 
 /* A schema is compiled without the lock: it may take long, and whoever waits for the lock takes a
- * thread from the pool. Refusals are kept too, as clients repeat what was refused. */
+ * thread from the pool. Refusals are kept too, as clients repeat what was refused; want of memory
+ * may pass. */
 int tb_llm_grammar_get(const struct tb_llm_model *m, bool json, struct tb_span schema,
                        struct tb_llm_grammar *out, struct tb_error *err)
 {
@@ -200,7 +201,7 @@ int tb_llm_grammar_get(const struct tb_llm_model *m, bool json, struct tb_span s
         tb_grammar_unref(made.g);
         rc = out->g ? 0 : err->code;
     } else {
-        put_kept(k, json, schema, &made, &e);
+        if (rc != TB_ENOMEM) put_kept(k, json, schema, &made, &e);
         *out = made;
         *err = e;
     }

@@ -444,9 +444,9 @@ static void put_text_choice(struct tb_json_out *j, struct tb_llm *l, struct tb_l
                           {c->n, c->tokens, c->logprobs, c->topk_ids, c->topk_logprobs}};
     struct tb_buf text;
     tb_buf_init(&text, TB_API_MAX_ANSWER);
-    if (l->echo)
-        tb_tokenizer_decode(tb_llm_model_info(l->model)->text, p->tokens, (size_t)p->n_tokens, 0,
-                            &text);
+    if (l->echo && tb_tokenizer_decode(tb_llm_model_info(l->model)->text, p->tokens,
+                                       (size_t)p->n_tokens, 0, &text))
+        l->out.failed = true;      /* the answer as a whole */
     if (l->sample.max_tokens == 0) /* the prompt's scores only; what was sampled is not asked for */
         runs[1].n = 0;
     else

@@ -74,6 +74,11 @@ void tb_llm_text_feed(struct tb_llm_text *x, int32_t token, struct tb_buf *out)
     release(x, x->held.n - TB_MIN(keep, x->held.n), out);
 }
 
+bool tb_llm_text_failed(const struct tb_llm_text *x)
+{
+    return x->held.failed || x->marks.failed || x->decoder.held.failed;
+}
+
 void tb_llm_text_end(struct tb_llm_text *x, struct tb_buf *out)
 {
     release(x, x->held.n, out);

@@ -17,7 +17,6 @@ struct submit {
     tb_decoder decode;
     struct tb_body body;
     enum tb_encoding encoding;
-    size_t max_body;
     struct tb_op *op;
     struct tb_error err;
     int rc;
@@ -25,15 +24,9 @@ struct submit {
 
 static void decode(struct submit *s)
 {
-    char *plain = NULL;
-    if (s->encoding != TB_ENC_IDENTITY) {
-        size_t n = 0;
-        s->rc = tb_inflate(s->encoding, s->body.bytes.p, s->body.bytes.n, s->max_body, &plain, &n,
-                           &s->err);
-        if (s->rc) return;
-        s->body.bytes = (struct tb_span){plain, n};
-    }
-    s->rc = s->decode(&s->body, &s->op, &s->err);
+    char *plain;
+    s->rc = tb_api_inflate(s->a, s->encoding, &s->body.bytes, &plain, &s->err);
+    if (s->rc == 0) s->rc = s->decode(&s->body, &s->op, &s->err);
     tb_free(plain);
 }
 
@@ -112,7 +105,6 @@ void tb_tinker_submit(struct tb_api *a, struct tb_http_request *req, tb_decoder 
     s->body = (struct tb_body){.bytes = req->body,
                                .proto = tb_span_icontains(type, "x-protobuf"),
                                .idempotency_key = tb_api_idempotency_key(req)};
-    s->max_body = TB_MIN(tb_api_options_get(a)->max_body, (size_t)TB_MAX_INFLATE_RATIO_BODY);
     s->rc = tb_encoding_parse(tb_http_header_get(req, "Content-Encoding"), &s->encoding, &s->err);
     if (s->rc == 0 && (req->body.n > DECODE_INLINE || s->encoding != TB_ENC_IDENTITY)) {
         tb_api_work_begin(a);

@@ -213,8 +213,10 @@ static void wait_for_creation(struct tb_bell_job *j)
 static void start_add(struct tb_bell_job *j)
 {
     char name[TB_MAX_ID + 32];
-    snprintf(name, sizeof(name), "%s" TB_BELL_LORA "%08x", j->base_model ? j->base_model : "base",
-             (unsigned)tb_random_u64());
+    do {
+        snprintf(name, sizeof(name), "%s" TB_BELL_LORA "%08x",
+                 j->base_model ? j->base_model : "base", (unsigned)tb_random_u64());
+    } while (tb_bell_adapter_find(j->tenant, name));
     tb_bell_with_adapter(j, name, wait_for_creation);
 }
 

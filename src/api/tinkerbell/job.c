@@ -211,16 +211,16 @@ bool tb_bell_run(struct tb_bell_job *j, struct tb_op *op,
 static void prepare(uv_work_t *w)
 {
     struct tb_bell_job *j = TB_CONTAINER_OF(w, struct tb_bell_job, work);
-    struct tb_json_doc doc;
-    int rc = tb_json_parse(&doc, j->body.p, j->body.n, &j->err);
-    if (rc) return;
-    if (!tb_json_is_object(&doc.root)) {
-        tb_error_set(&j->err, TB_EPARSE, "the body is not a JSON object");
-    } else {
-        rc = j->kind->prepare(j, &doc.root, &j->err);
-        if (rc) j->err.code = rc;
-    }
+    struct tb_json_doc doc = {0};
+    char *plain;
+    int rc = tb_api_inflate(j->a, j->encoding, &j->body, &plain, &j->err);
+    if (rc == 0) rc = tb_json_parse(&doc, j->body.p, j->body.n, &j->err);
+    if (rc == 0 && !tb_json_is_object(&doc.root))
+        rc = tb_error_set(&j->err, TB_EPARSE, "the body is not a JSON object");
+    if (rc == 0) rc = j->kind->prepare(j, &doc.root, &j->err);
+    if (rc) j->err.code = rc;
     tb_json_free(&doc);
+    tb_free(plain);
 }
 
 static void answer_submitted(struct tb_bell_job *j)
@@ -271,6 +271,12 @@ static void on_prepared(uv_work_t *w, int status)
 void tb_bell_begin(struct tb_api *a, struct tb_http_request *req, const struct tb_bell_kind *kind,
                    bool sync)
 {
+    enum tb_encoding encoding;
+    struct tb_error e = {0};
+    if (tb_encoding_parse(tb_http_header_get(req, "Content-Encoding"), &encoding, &e)) {
+        tb_bell_error(req, &e);
+        return;
+    }
     struct tb_bell_job *j = tb_calloc(1, sizeof(*j));
     j->a = a;
     j->tenant = tb_bell_tenant(a, tb_api_who(req));
@@ -278,6 +284,7 @@ void tb_bell_begin(struct tb_api *a, struct tb_http_request *req, const struct t
     j->req = req;
     j->sync = sync;
     j->body = req->body;
+    j->encoding = encoding;
     j->lora = (struct tb_lora_config){.rank = 16,
                                       .alpha = 32,
                                       .has_seed = true, /* 0, so that what is repeated repeats */

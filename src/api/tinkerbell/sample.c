@@ -142,18 +142,16 @@ static int prepare(struct tb_bell_job *j, const struct tb_json *root, struct tb_
 
 /* ---- the answer */
 
-static void put_text(struct tb_json_out *o, const char *key, const struct tb_tokenizer *t,
-                     const struct tb_sequence *s)
+static void put_text(struct tb_bell_job *j, struct tb_json_out *o, const char *key,
+                     const struct tb_tokenizer *t, const struct tb_sequence *s)
 {
-    struct tb_llm_text x;
     struct tb_buf text;
-    tb_llm_text_init(&x, t, NULL);
     tb_buf_init(&text, TB_API_MAX_ANSWER);
-    for (int32_t i = 0; t && i < s->n; i++)
-        tb_llm_text_feed(&x, s->tokens[i], &text);
-    tb_llm_text_end(&x, &text);
+    int rc = t ? tb_tokenizer_decode(t, s->tokens, (size_t)s->n,
+                                     TB_DECODE_VISIBLE | TB_DECODE_GOES_ON, &text)
+               : 0;
+    if (rc) tb_error_set(&j->err, rc, "no memory for the text of %d tokens", (int)s->n);
     tb_jout_strn(o, key, text.n ? text.p : "", text.n);
-    tb_llm_text_fini(&x);
     tb_buf_fini(&text);
 }
 
@@ -163,7 +161,7 @@ static void put_answer(struct tb_bell_job *j)
     const struct sample *s = j->own;
     const struct tb_tokenizer *t = tb_llm_model_info(s->base)->text;
     struct tb_json_out o = tb_bell_result(j);
-    put_text(&o, "generated_text", t, &s->parts[0].sequences[0]);
+    put_text(j, &o, "generated_text", t, &s->parts[0].sequences[0]);
     tb_jout_str(&o, "model_id", j->model_id);
     tb_jout_array(&o, "sequences");
     for (int i = 0; i < s->n_parts; i++) {
@@ -180,7 +178,7 @@ static void put_answer(struct tb_bell_job *j)
     tb_jout_array(&o, "completions");
     for (int i = 0; i < s->n_parts; i++)
         for (int32_t k = 0; k < s->parts[i].n_sequences; k++)
-            put_text(&o, NULL, t, &s->parts[i].sequences[k]);
+            put_text(j, &o, NULL, t, &s->parts[i].sequences[k]);
     tb_jout_array_end(&o);
     tb_jout_null(&o, "prompt_logprobs");
     tb_jout_object_end(&o);

@@ -78,6 +78,7 @@ struct tb_bell_job {
     void (*in_pool)(struct tb_bell_job *j);
     void (*then)(struct tb_bell_job *j);
     struct tb_span body;
+    enum tb_encoding encoding; /* of the body */
     struct tb_error err;
     bool over;
     struct tb_buf result; /* JSON, when over without an error */

@@ -215,7 +215,7 @@ static int copy_datum(struct tb_arena *a, const struct tb_datum *from, struct tb
         size_t size = x->type == TB_TENSOR_F32 ? sizeof(float) : sizeof(int64_t);
         void *data = tb_bell_room(a, (size_t)x->n, size, err);
         if (!data) return TB_ENOMEM;
-        memcpy(data, x->data.f32, (size_t)x->n * size);
+        if (x->n) memcpy(data, x->data.f32, (size_t)x->n * size);
         inputs[i] = *x;
         inputs[i].name = tb_arena_strdup(a, x->name);
         inputs[i].data.f32 = data;
