@@ -305,6 +305,7 @@ __device__ static inline void load_keys(const call &a, const task &t, int h, boo
         } else if (n > 0) {
             from += page_at(a.nk, a.hd, a.pages[t.pages + key / TB_KV_PAGE], value, h);
         }
+#pragma unroll 1
         for (int i = (int)threadIdx.x; i < TB_KV_PAGE * chunks; i += (int)blockDim.x) {
             int r = i / chunks, d = i % chunks * per;
             copy16(to + r * T::LD + d, from + r * ld + d, r < n ? a.hd - d : 0, a.vec);
@@ -395,11 +396,12 @@ __global__ static void __launch_bounds__(T::N_WARPS *TB_WARP, 1)
     k_attention(call a, const task *tasks, int n_tasks)
 {
     typedef typename T::act act;
+    static_assert(T::ROWS * T::LD * (int)sizeof(float) <= T::SHARED, "the sums fit");
     TB_DYN_SHARED(act, shared);
     act *queries = shared, *keys = queries + T::ROWS * T::LD, *values = keys + T::KEYS * T::LD;
     const int slot_size = (T::N_ACC + 2 * T::N_ROW) * T::N_WARPS * TB_WARP;
     for (int item = (int)blockIdx.x; item < n_tasks * a.nk; item += (int)gridDim.x) {
-        const task t = tasks[item / a.nk];
+        const task &t = tasks[item / a.nk]; /* read again and again: registers are short */
         int h = item % a.nk, f = t.first + warp_id() * T::WARP_ROWS;
         int from = position_of(a, t, f), to = position_of(a, t, f + T::WARP_ROWS - 1);
         T x;
@@ -410,7 +412,6 @@ __global__ static void __launch_bounds__(T::N_WARPS *TB_WARP, 1)
         for (int key = t.key0; key < t.key1; key += T::KEYS) {
             int next = key + T::KEYS;
             bool sees = f < t.n && key <= to && next > first_key(a.window, from);
-            bool all = next <= from + 1 && key >= first_key(a.window, to);
             copy_async_wait<0>();
             __syncthreads();
             load_keys<T>(a, t, h, true, key, values);
@@ -420,6 +421,7 @@ __global__ static void __launch_bounds__(T::N_WARPS *TB_WARP, 1)
             __syncthreads();
             if (next < t.key1) load_keys<T>(a, t, h, false, next, keys);
             copy_async_commit();
+            bool all = next <= from + 1 && key >= first_key(a.window, to);
             if (sees) x.weigh(a, t, key, all, values);
             if (next < t.key1 && next % SPLIT) continue;
 #pragma unroll
