@@ -18,9 +18,10 @@
  *
  * Threads: every function is called on the loop's thread, every callback comes on it. Computing
  * runs in the uv pool, which belongs to the whole process: the server keeps one pool thread busy
- * per device while there is work, and needs TB_POOL_THREADS in all to answer without delay; set
- * UV_THREADPOOL_SIZE (before the pool's first use) to that plus what your program needs. The CPU
- * backend adds its own n_threads - 1 computing threads.
+ * per device while there is work, and needs TB_POOL_THREADS in all, and one more for each device
+ * beyond the first, to answer without delay; set UV_THREADPOOL_SIZE (before the pool's first use)
+ * to that plus what your program needs. The CPU backend adds its own n_threads - 1 computing
+ * threads.
  *
  * Errors: int, 0 or negative; err (may be NULL) receives one line of text.
  */
@@ -59,8 +60,7 @@ typedef struct tb_options {
     const char *data_dir; /* metadata and checkpoints; created when missing */
     const char *backend;  /* "auto", "cpu", "cuda" */
     const char *dtype;    /* "auto", "bf16", "f32" */
-    /* GPUs to use, by CUDA's numbers; model i goes to the (i mod n_devices)-th. 0 given: the first
-     */
+    /* GPUs by CUDA's numbers; model i goes to the (i mod n_devices)-th. None: the first. */
     int devices[TB_MAX_DEVICES];
     int n_devices;
     /* "KEY" or "KEY=TENANT". A tenant (without a name: "default") sees only what is its own. */

@@ -140,6 +140,9 @@ int tb_engine_create(struct tb_engine **out, uv_loop_t *loop, const struct tb_en
         devices[i].models = tb_calloc(TB_MAX(n_models, 1), sizeof(devices[i].models[0]));
         rc = open_backend(e, &devices[i], (int)i, o, err);
     }
+    if (n > TB_MAX(n_models, 1))
+        tb_log(TB_LOG_WARN, "engine", "%zu devices for %zu models: the last %zu have nothing to do",
+               n, n_models, n - n_models);
     for (size_t i = 0; i < n_models && !rc; i++) {
         const struct tb_engine_model *m = &o->models[i];
         struct device *d = &devices[i % n];

@@ -60,8 +60,7 @@ bool tb_grammar_final(const struct tb_grammar *g, uint32_t state);    /* and can
  * word i / 64. Borrowed until the next call. NULL: the states take more memory, or finding them
  * more work, than a grammar may have. */
 const uint64_t *tb_grammar_mask(struct tb_grammar *g, uint32_t state, uint32_t left);
-/* A mask needed more work than that: one made of the same schema would not do better. Any thread.
- */
+/* A mask needed more work than that: a new one of the same schema would too. Any thread. */
 bool tb_grammar_too_complex(const struct tb_grammar *g);
 /* Its states take more than half of that: texts to come should have a new one. Any thread. */
 bool tb_grammar_worn(const struct tb_grammar *g);

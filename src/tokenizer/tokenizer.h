@@ -27,9 +27,9 @@ struct tb_tokenizer;
 
 /* Reads <dir>/tokenizer.json, and tokenizer_config.json beside it for eos_token when there is one.
  * TB_ENOTFOUND when the folder has no tokenizer, TB_EUNSUPPORTED for one of another format, which
- * the message names with what to do; TB_ECORRUPT for a file that is not JSON or
- * whose keys are wrong, TB_EUNSUPPORTED for a tokenizer kind that is not served; the message names
- * file and key. */
+ * the message names with what to do; TB_ECORRUPT for a file that is not JSON or whose keys are
+ * wrong, TB_EUNSUPPORTED for a tokenizer kind that is not served; the message names file and key.
+ */
 int tb_tokenizer_create(const char *dir, struct tb_tokenizer **out, struct tb_error *e);
 /* The same from the text of a tokenizer.json; name is what error messages call it. */
 int tb_tokenizer_create_from_json(const char *name, struct tb_span json, struct tb_tokenizer **out,
@@ -84,8 +84,7 @@ int tb_tokenizer_decode(const struct tb_tokenizer *t, const int32_t *ids, size_t
                         struct tb_buf *out);
 
 /* The same, token by token. A byte-level text holds an incomplete character back; with byte
- * fallback all byte tokens in a row are held back, as one that is wrong makes all of them U+FFFD.
- */
+ * fallback all byte tokens in a row are, as one that is wrong makes all of them U+FFFD. */
 struct tb_decoder {
     const struct tb_tokenizer *t;
     unsigned flags;

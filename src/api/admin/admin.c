@@ -110,7 +110,7 @@ static void put_compute(struct tb_buf *b, const struct tb_core *core)
     put_gauge(b, "versions_paged_out", "Of these, not in memory.", s.versions_out);
     put_counter(b, "page_ins_total", "Reads of such files.", s.page_ins);
     put_counter(b, "page_outs_total", "Writes of such files.", s.page_outs);
-    put_type(b, "busy_seconds_total", "counter", "Time spent computing, summed over models.");
+    put_type(b, "busy_seconds_total", "counter", "Time spent computing, summed over devices.");
     tb_buf_printf(b, "tinkerbell_busy_seconds_total");
     put_seconds(b, s.busy_us);
 }
