@@ -162,7 +162,7 @@ int tb_engine_create(struct tb_engine **out, uv_loop_t *loop, const struct tb_en
     tb_free(devices);
     if (!rc) {
         *out = e;
-    } else if (e->n_open) {
+    } else if (e->n_open) { /* the lanes that there are close in the loop's next turns */
         for (int i = 0; i < e->n_lanes; i++)
             lane_close(e->lanes[i], lane_closed, e);
     } else {
