@@ -109,7 +109,8 @@ struct tb_logit_edit {
 enum tb_queue { TB_QUEUE_TRAIN, TB_QUEUE_SAMPLE, TB_N_QUEUES };
 
 struct tb_backend_ops {
-    const char *name; /* "cpu", "cuda" */
+    const char *name;               /* "cpu", "cuda" */
+    int min_head_dim, max_head_dim; /* of attention; 0: any */
     void (*destroy)(struct tb_backend *be);
     /* One line for people: device, instruction set, threads. */
     void (*describe)(struct tb_backend *be, char *out, size_t n);

@@ -526,5 +526,7 @@ static void attention_bwd(struct tb_backend *be, const struct tb_attn_shape *s,
 
 void tb_cuda_attn_bwd_ops(struct tb_backend_ops *o)
 {
+    o->min_head_dim = MIN_HEAD_DIM;
+    o->max_head_dim = MAX_HEAD_DIM;
     o->attention_bwd = attention_bwd;
 }

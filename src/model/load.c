@@ -294,9 +294,21 @@ static void fill_info(struct tb_model *m)
     i->kv_pages_total = m->kv.n_pages;
 }
 
+static int check_head_dim(const struct tb_model *m, struct tb_error *err)
+{
+    const struct tb_backend_ops *ops = m->be->ops;
+    int n = m->cfg.head_dim;
+    if (n >= ops->min_head_dim && (!ops->max_head_dim || n <= ops->max_head_dim)) return 0;
+    return tb_error_set(err, TB_EUNSUPPORTED,
+                        "config.json: head_dim %d is not served by the %s backend; it must be %d "
+                        "to %d",
+                        n, ops->name, ops->min_head_dim, ops->max_head_dim);
+}
+
 static int load(struct tb_model *m, struct tb_error *err)
 {
     int rc = tb_config_read(&m->cfg, m->dir, err);
+    if (!rc) rc = check_head_dim(m, err);
     if (!rc) rc = tb_st_open_dir(&m->st, m->dir, err);
     if (rc) return rc;
     m->layers = tb_calloc((size_t)m->cfg.n_layers, sizeof(*m->layers));

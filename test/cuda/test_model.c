@@ -203,9 +203,32 @@ static void test_graphs(void **state)
     }
 }
 
+/* Heads that attention cannot do are refused, and lose no device. */
+static void test_head_dim(void **state)
+{
+    static const int dims[] = {2, 4, 256, 258};
+    struct tb_backend *be = open_backend(TB_BF16);
+    for (size_t i = 0; i < TB_ARRAY_LEN(dims); i++) {
+        struct shape s = shapes[0];
+        struct tb_model *m = NULL;
+        struct tb_error err = {0};
+        s.head_dim = dims[i];
+        char *dir = random_model(&s, 3, 0.2f);
+        bool served = dims[i] >= 4 && dims[i] <= 256;
+        assert_int_equal(tb_model_load(&m, be, "m", dir, NULL, &err), served ? 0 : TB_EUNSUPPORTED);
+        if (!served) assert_non_null(strstr(err.msg, "config.json: head_dim "));
+        if (!served) assert_non_null(strstr(err.msg, " by the cuda backend; it must be 4 to 256"));
+        tb_model_free(m);
+        remove_dir(dir);
+    }
+    assert_int_equal(be->ops->sync(be, &(struct tb_error){0}), 0);
+    be->ops->destroy(be);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_head_dim),
         cmocka_unit_test(test_graphs),
         cmocka_unit_test(test_lost),
     };
