@@ -33,14 +33,16 @@ struct capture {
     bool strict; /* no allocation meanwhile */
     bool valid = true;
 };
+static thread_local int current_device;
 struct CUstream_st {
     capture *into = NULL;
+    int device = current_device;
 };
 struct CUevent_st {
     capture *into = NULL; /* recorded while a stream captured */
 };
 
-#define MAX_SHARED     (227 << 10)
+#define MAX_SHARED     (99 << 10) /* the least that a GPU of 8.0 or later has */
 #define SHARED_UNASKED (48 << 10)
 
 static std::mutex lock;
@@ -49,7 +51,6 @@ static std::map<const void *, int> shared_asked;
 static size_t device_bytes;
 static int n_capturing_strictly;
 static thread_local cudaError_t last_error;
-static thread_local int current_device;
 
 /* ---- errors */
 static size_t environment(const char *name, size_t otherwise);
@@ -289,6 +290,7 @@ cudaError_t cudaFreeHost(void *p)
 cudaError_t emu_enqueue(cudaStream_t s, const char *what, std::function<void()> work)
 {
     cudaError_t e = device_state();
+    if (!e && s && s->device != current_device) e = cudaErrorInvalidResourceHandle;
     if (e) return result(e);
     if (s && s->into) {
         if (!s->into->valid) return result(cudaErrorStreamCaptureInvalidated);
