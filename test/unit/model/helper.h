@@ -23,6 +23,16 @@ struct tb_backend *backend_bf16(void); /* NULL when this machine has none */
 void backends_fini(void);
 struct tb_backend *new_backend(const char *dtype); /* "f32", "bf16"; the caller's */
 
+/* How often a test repeats: a tenth under the emulation of CUDA, which is slow. */
+static inline int repeats(int n)
+{
+#ifdef TB_CUDA_EMU
+    return n / 10;
+#else
+    return n;
+#endif
+}
+
 /* ---- oracle */
 const char *oracle_path(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 json_t *oracle_json(const char *path);

@@ -316,15 +316,15 @@ static void mixed(const char *dtype, double adapters, int n_ops)
 static void test_f32(void **state)
 {
     (void)state;
-    mixed("f32", 1, 300);
-    mixed("f32", 2.5, 150);
+    mixed("f32", 1, repeats(300));
+    mixed("f32", 2.5, repeats(150));
 }
 
 static void test_bf16(void **state)
 {
     (void)state;
     if (!backend_bf16()) skip();
-    mixed("bf16", 1, 150);
+    mixed("bf16", 1, repeats(150));
 }
 
 /* ---- errors */
