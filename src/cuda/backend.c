@@ -135,6 +135,14 @@ static void fill_ops(struct tb_cuda *c)
     c->be.ops = o;
 }
 
+/* Fails where the module has no code for this device's kind. */
+static int try_kernel(struct tb_cuda *c, struct tb_error *err)
+{
+    c->ops.zero(&c->be, c->scratch, sizeof(float));
+    c->ops.add(&c->be, c->scratch, c->scratch, 1);
+    return c->ops.sync(&c->be, err);
+}
+
 int tb_backend_cuda_create(struct tb_backend **out, const struct tb_backend_options *options,
                            struct tb_error *err)
 {
@@ -150,6 +158,7 @@ int tb_backend_cuda_create(struct tb_backend **out, const struct tb_backend_opti
         rc = tb_backend_no_memory(&c->be, err, TB_CUDA_SCRATCH, "the kernels' buffers");
     if (c->scratch) c->scratch_bytes = TB_CUDA_SCRATCH;
     if (!rc) rc = tb_cuda_plans_create(c, err);
+    if (!rc) rc = try_kernel(c, err);
     if (rc) {
         destroy(&c->be);
         return rc;

@@ -23,7 +23,7 @@
 
 #define WORKSPACE    ((size_t)32 << 20)
 #define MIDDLE_ROWS  128   /* T that the library's candidates are for */
-#define MAX_ROWS     16384 /* of one call of the library */
+#define MAX_ROWS     16384 /* of one call of the library, a power of two */
 #define N_CANDIDATES 64
 #define CONVERT      ((size_t)1 << 18) /* elements of a weight converted at once */
 #define COMPARE      ((size_t)1 << 20) /* bytes compared at once */
@@ -247,15 +247,17 @@ static int trial_init(struct tb_cuda *c, const struct plan *p, struct trial *t,
     return 0;
 }
 
-static bool takes(const struct tb_cuda *c, const struct plan *p, int rows, int ld)
+/* Can the plan's algorithm do any number of rows? */
+static bool takes(const struct tb_cuda *c, const struct plan *p, int ld)
 {
     cublasLtMatmulHeuristicResult_t r;
-    for (int bias = 0; bias <= !p->backward; bias++)
-        if (set_rows(p, rows, ld) ||
-            cublasLtMatmulAlgoCheck(c->plans->lt, p->op[bias], p->w, p->x, p->y, p->y, &p->algo,
-                                    &r) ||
-            r.workspaceSize > WORKSPACE)
-            return false;
+    for (int rows = 1; rows <= MAX_ROWS; rows *= 2)
+        for (int bias = 0; bias <= !p->backward; bias++)
+            if (set_rows(p, rows, ld) ||
+                cublasLtMatmulAlgoCheck(c->plans->lt, p->op[bias], p->w, p->x, p->y, p->y, &p->algo,
+                                        &r) ||
+                r.workspaceSize > WORKSPACE)
+                return false;
     return true;
 }
 
@@ -275,8 +277,7 @@ static bool rows_agree(struct tb_cuda *c, const struct plan *p, const struct tri
                        const void *w)
 {
     size_t in = (size_t)width_in(p), out = (size_t)width_out(p), e = tb_dtype_size(c->be.act);
-    for (size_t i = 0; i < TB_ARRAY_LEN(batches); i++)
-        if (!takes(c, p, batches[i], (int)out)) return false;
+    if (!takes(c, p, (int)out)) return false;
     if (multiply(c, p, w, t->x, t->rows, NULL, t->y, (int)out, false)) return false;
     for (size_t i = 0; i < TB_ARRAY_LEN(batches); i++) {
         int n = batches[i], from = (t->rows - n) / 2;
