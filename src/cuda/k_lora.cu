@@ -26,6 +26,7 @@
 #define DX_WARPS    4
 #define SIDE        32    /* rows and columns of a tile in the backward pass */
 #define DU_PART     32768 /* a longer n_out, the unembedding's, is shared by several blocks */
+#define DU_PARTS    64    /* at most: a tile's fit in the scratch memory */
 #define GRAD_ROWS   512
 #define DU_STAGES   4 /* of a warp's ring */
 #define DX_STAGES   2
@@ -454,6 +455,12 @@ __device__ static inline void stream(float (*d)[4][4], stage<act> *ring, const m
     }
 }
 
+/* What a block sums of n_out. */
+__host__ __device__ static inline int du_part(int n_out)
+{
+    return DU_PART * div_up(n_out, DU_PART * DU_PARTS);
+}
+
 /* du = scale dy B: a block makes SIDE columns of a tile, or of its part of the sum. parts: NULL, or
  * where the sums of parts go, [tile][part][SIDE][columns]. */
 template <typename act>
@@ -463,8 +470,8 @@ __global__ __launch_bounds__(DU_WARPS *TB_WARP) static void k_du(const struct ti
     const int LEN = stage<act>::LEN;
     TB_DYN_SHARED(stage<act>, shared);
     struct tile t = tiles[blockIdx.y];
-    int first = (int)blockIdx.x * SIDE, k = (int)blockIdx.z * DU_PART,
-        end = min(k + DU_PART, t.width);
+    int first = (int)blockIdx.x * SIDE, k = (int)blockIdx.z * du_part(t.width),
+        end = min(k + du_part(t.width), t.width);
     if (first >= t.rank) return;
     float d[2][4][4] = {};
     stream<DU_STAGES>(d, shared + warp_id() * DU_STAGES, matrix_of<act>(t.in, t.ld_in, t.width),
@@ -760,7 +767,7 @@ static void matmul_lora(struct tb_backend *be, const struct tb_weight *w, const 
 static void launch_du(const struct batch *b, const struct tile *tiles)
 {
     struct tb_cuda *c = b->c;
-    int n_parts = div_up(b->width, DU_PART), cols = div_up(b->rank, SIDE);
+    int n_parts = div_up(b->width, du_part(b->width)), cols = div_up(b->rank, SIDE);
     float *parts = n_parts > 1 ? (float *)c->scratch : NULL;
     dim3 grid((unsigned)cols, (unsigned)b->n, (unsigned)n_parts);
     TB_ACT(&c->be, act, {
@@ -860,7 +867,7 @@ static void lora_up_bwd(struct tb_backend *be, const struct tb_lora_span *s, int
     batch_init(&b, be, SIDE, launch_du);
     if (n_out > DU_PART) {
         size_t ld = (size_t)div_up(max_rank(s, n_spans), SIDE) * SIDE,
-               tile_bytes = (size_t)div_up(n_out, DU_PART) * SIDE * ld * sizeof(float),
+               tile_bytes = (size_t)div_up(n_out, du_part(n_out)) * SIDE * ld * sizeof(float),
                room = b.c->scratch_bytes / tile_bytes;
         b.max_tiles = room < TILES ? (int)room : TILES;
     }

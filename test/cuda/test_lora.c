@@ -347,12 +347,42 @@ static void test_long_sum(void **state)
     }
 }
 
+/* However long n_out is, a tile's partial sums fit in the scratch. */
+static void test_longest_sum(void **state)
+{
+    enum { OUT = 64 * 32768 + 40, RANK = 2, MOST = 64 * 32 * 32 * 4 };
+    struct tb_backend *be = open_backend("cuda", TB_BF16, 1),
+                      *ref = open_backend("plain", TB_BF16, 1);
+    void *dy = random_act(TB_BF16, OUT), *b = random_act(TB_BF16, (size_t)RANK * OUT);
+    struct tb_lora_mat mat = {NULL, b, RANK, 0.01f};
+    struct tb_lora_span s = {0, 1, &mat, NULL, NULL};
+    uint16_t u[RANK] = {0}, want[RANK], got[RANK];
+    struct tb_cuda *c = tb_cuda(be);
+    char *scratch = c->scratch, *most = calloc(2, MOST);
+    size_t scratch_bytes = c->scratch_bytes;
+    c->scratch = most;
+    c->scratch_bytes = MOST;
+    ref->ops->lora_up_bwd(ref, &s, 1, dy, OUT, OUT, u, want, RANK);
+    be->ops->lora_up_bwd(be, &s, 1, dy, OUT, OUT, u, got, RANK);
+    c->scratch = scratch;
+    c->scratch_bytes = scratch_bytes;
+    for (int i = MOST; i < 2 * MOST; i++)
+        assert_int_equal(most[i], 0);
+    assert_close_act("du", TB_BF16, got, want, RANK, 1e-2);
+    free(dy);
+    free(b);
+    free(most);
+    be->ops->destroy(be);
+    ref->ops->destroy(ref);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_spans),
         cmocka_unit_test(test_many_spans),
         cmocka_unit_test(test_long_sum),
+        cmocka_unit_test(test_longest_sum),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
