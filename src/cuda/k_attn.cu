@@ -550,7 +550,8 @@ static void run_tiles(struct tb_cuda *c, const struct call *a, const struct tb_a
     int n_splits = div_up(longest, SPLIT), tile_rows = TB_MIN((int)T::ROWS, max);
     bool spread = (max <= FEW || n_tiles * a->nk < 2 * c->n_sm) && n_splits <= MAX_TASKS &&
                   n_splits * tile_rows <= max_parts(c, a);
-    struct launch l = {};
+    struct launch l;
+    l.n_tasks = l.n_joins = l.n_parts = 0; /* the lists are long, and a step has many layers */
     for (int i = 0; i < n_seqs; pages += n_pages_of(&seqs[i]), i++) {
         int rows = seqs[i].n * a->group;
         if (rows < min || rows > max) continue;
