@@ -403,6 +403,41 @@ static void test_steps(void **state)
     free(want);
 }
 
+static void queue_odd_rows(void *arg)
+{
+    struct work *k = arg;
+    k->n_calls++;
+    k->be->ops->matmul(k->be, k->w, k->x, k->T, NULL, k->y, DIM + 1, false);
+}
+
+/* A product that must be tried first is not part of a captured step: it is asked for again. */
+static void test_new_product(void **state)
+{
+    enum { T = 40 };
+    struct tb_backend *be = open_device(TB_F32, (size_t)256 << 20);
+    const struct tb_backend_ops *o = be->ops;
+    float *x = random_f32(T * DIM), all[T * (DIM + 1)], one[DIM];
+    struct work k = {.be = be, .w = random_weight(be, DIM, DIM), .T = T};
+    const int32_t tokens[T] = {0};
+    k.table = k.x = o->alloc(be, sizeof(float) * T * DIM);
+    k.y = o->alloc(be, sizeof(all));
+    k.tokens = tokens;
+    o->use(be, TB_QUEUE_SAMPLE);
+    o->step(be, T, queue_work, &k);
+    o->upload(be, k.x, x, sizeof(float) * T * DIM);
+    k.n_calls = 0;
+    o->step(be, T, queue_odd_rows, &k);
+    assert_int_equal(k.n_calls, 2);
+    o->download(be, all, k.y, sizeof(all));
+    o->matmul(be, k.w, k.x + 3 * DIM, 1, NULL, k.y, DIM, false);
+    o->download(be, one, k.y, sizeof(one));
+    assert_int_equal(o->sync(be, NULL), 0);
+    assert_same_bits("a row", all + 3 * (DIM + 1), one, sizeof(one));
+    o->weight_free(be, k.w);
+    o->destroy(be);
+    free(x);
+}
+
 /* ---- a lost device */
 
 /* Everything that hands something to the host, after some work; 0 when all went well. */
@@ -510,11 +545,12 @@ static void test_complete(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_pool),           cmocka_unit_test(test_limits),
-        cmocka_unit_test(test_fragments),      cmocka_unit_test(test_staging),
-        cmocka_unit_test(test_rows),           cmocka_unit_test(test_no_candidate),
-        cmocka_unit_test(test_steps),          cmocka_unit_test(test_lost),
-        cmocka_unit_test(test_others_failure), cmocka_unit_test(test_complete),
+        cmocka_unit_test(test_pool),      cmocka_unit_test(test_limits),
+        cmocka_unit_test(test_fragments), cmocka_unit_test(test_staging),
+        cmocka_unit_test(test_rows),      cmocka_unit_test(test_no_candidate),
+        cmocka_unit_test(test_steps),     cmocka_unit_test(test_new_product),
+        cmocka_unit_test(test_lost),      cmocka_unit_test(test_others_failure),
+        cmocka_unit_test(test_complete),
     };
     return cmocka_run_group_tests_name("cuda host", tests, NULL, NULL);
 }
