@@ -199,8 +199,13 @@ static void test_launches(void **)
     assert_int_equal(launch_code(0, 32, 0), cudaErrorInvalidConfiguration);
     assert_int_equal(launch_code(dim3(1, 65536), 32, 0), cudaErrorInvalidConfiguration);
     assert_int_equal(launch_code(1, 32, (48 << 10) + 1), cudaErrorInvalidValue);
-    TB_ALLOW_SHARED(&dev, k_count, 227 << 10);
-    assert_int_equal(launch_code(1, 32, 227 << 10), cudaSuccess);
+    TB_ALLOW_SHARED(&dev, k_count, 99 << 10);
+    assert_int_equal(launch_code(1, 32, 99 << 10), cudaSuccess);
+    assert_int_equal(cudaFuncSetAttribute((const void *)k_count,
+                                          cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          (99 << 10) + 1),
+                     cudaErrorInvalidValue);
+    (void)cudaGetLastError();
     emu_fail_after(2);
     assert_int_equal(launch_code(1, 32, 0), cudaSuccess);
     assert_int_equal(launch_code(1, 32, 0), cudaErrorLaunchFailure);
