@@ -13,8 +13,8 @@
  *
  * What the library does to its host: nothing global. It never prints (unless you set no log
  * callback and a log level), exits, changes signals, locale, environment or the working directory,
- * and uses only the loop it is given. As every
- * program that writes to sockets through libuv, the host must ignore SIGPIPE.
+ * and uses only the loop it is given. As every program that writes to sockets through libuv, the
+ * host must ignore SIGPIPE.
  *
  * Threads: every function is called on the loop's thread, every callback comes on it. Computing
  * runs in the uv pool, which belongs to the whole process: the server keeps one pool thread busy
