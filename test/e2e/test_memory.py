@@ -6,7 +6,7 @@ import urllib.request
 
 import pytest
 import tinker
-from daemon import Daemon
+from daemon import Daemon, end
 from tinker import types
 
 RANK, TENANTS, ROUNDS = 256, 12, 2
@@ -53,7 +53,7 @@ def run(server):
     for client in clients:
         said.append(client.forward([datum(7)], "cross_entropy").result().loss_fn_outputs[0]["logprobs"].tolist())
     use = metrics(server)
-    service.close("success").result()
+    end(service)
     return said, use
 
 
@@ -81,7 +81,7 @@ def test_what_never_fits(start):
     small = service.create_lora_training_client("tiny", rank=1).result()
     with pytest.raises(Exception, match=r"\d+ tokens need \d+\.\d MiB of activations; there is room for \d+\.\d MiB"):
         small.forward([datum(1, 500)], "cross_entropy").result()
-    service.close("success").result()
+    end(service)
 
 
 def test_folder_that_cannot_be_made(tiny, tmp_path):

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 from common import adam, forward_logprobs, sft_datum, tokens
-from daemon import find_daemon
+from daemon import end, find_daemon
 from tinker_raw import PROTO, Failed, Raw, datum, forward_backward_request
 
 tinker = pytest.importorskip("tinker")
@@ -61,7 +61,7 @@ def test_restart(start):
     assert train(again.create_training_client_from_state_with_optimizer(state).result(), range(3, 6)) == wanted
     reborn = again.create_sampling_client(model_path=sampler_path).result()
     assert reborn.compute_logprobs(tinker.ModelInput.from_ints(tokens(9))).result() == lps
-    again.close("success").result()
+    end(again)
 
 
 def test_data_folder_has_one_owner(start):

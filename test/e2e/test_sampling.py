@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 from common import VOCAB, adam, forward_logprobs, prompt, sft_datum, tokens
+from daemon import end
 
 tinker = pytest.importorskip("tinker")
 types = tinker.types
@@ -20,7 +21,7 @@ def setup(server):
         client.forward_backward([sft_datum(10, seed=i)], "cross_entropy")
         client.optim_step(adam(learning_rate=3e-3)).result()
     yield client, client.save_weights_and_get_sampling_client().result(), service
-    service.close("success").result()
+    end(service)
 
 
 @pytest.fixture

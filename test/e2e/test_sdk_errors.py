@@ -8,6 +8,7 @@ import time
 
 import pytest
 from common import adam, prompt, sft_datum, tokens
+from daemon import end
 from fault_proxy import FaultProxy
 from tinker_raw import Raw
 
@@ -63,7 +64,7 @@ def user(proxy):
     proxy.clear()
     yield service, client
     proxy.clear()
-    service.close("success").result()
+    end(service)
 
 
 @pytest.fixture
@@ -179,7 +180,7 @@ def test_lost_server_state(start):
         again = tinker.ServiceClient(base_url=proxy.url)
         resumed = again.create_training_client_from_state_with_optimizer(path).result()
         assert resumed.forward_backward([sft_datum(5)], "cross_entropy").result().metrics["loss:sum"] > 0
-        again.close("success").result()
+        end(again)
 
 
 @pytest.mark.slow
@@ -196,7 +197,7 @@ def test_number_that_never_comes(start):
             client.optim_step(adam()).result()
         assert proxy.count("session_heartbeat") >= 1
         assert client.forward_backward([sft_datum(5)], "cross_entropy").result().metrics["loss:sum"] > 0
-        service.close("success").result()
+        end(service)
 
 
 # ------------------------------------------------------------------------------------------ each row of the table

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from daemon import ROOT
+from daemon import ROOT, end
 from tinker_raw import Failed, Raw
 
 ALICE, BOB = "tml-alice", "tml-bob"
@@ -299,7 +299,7 @@ def test_sdk(shared, things):
         assert rest.whoami().result().user_urn == "tml:user:bob"
         mine = service.create_training_client_from_state(things.path, weights_access_token=ALICE).result()
         assert mine.get_info().is_lora
-    service.close("success").result()
+    end(service)
     with pytest.raises(tinker.AuthenticationError):
         tinker.ServiceClient(base_url=shared.url, api_key="tml-nobody").create_rest_client().list_sessions().result()
 

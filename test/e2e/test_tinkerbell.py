@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from daemon import Daemon
+from daemon import Daemon, end
 from tinker_raw import Raw, datum
 
 USER = {"role": "user", "content": "What is 2 + 3?"}
@@ -664,7 +664,7 @@ def test_both_clients_at_the_same_time(demo):
         sampler.sample(t.ModelInput.from_ints([5, 6]), num_samples=1,
                        sampling_params=t.SamplingParams(max_tokens=4)).result()
         losses[i] = mine
-        service.close("success").result()
+        end(service)
 
     def ours(i):
         with Bell(demo.url) as b:

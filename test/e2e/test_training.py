@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from common import (ADAM, VOCAB, adam, expected_loss, forward_logprobs, logprobs, prompt, rl_datum, sft_datum, tokens,
+from daemon import end
                     topk_datum)
 
 tinker = pytest.importorskip("tinker")
@@ -267,7 +268,7 @@ def test_many_data_in_chunks(start):
         other.forward_backward(part, "cross_entropy").result()
     other.optim_step(adam()).result()
     assert np.allclose(forward_logprobs(client, tokens(20)), forward_logprobs(other, tokens(20)), atol=1e-3)
-    service.close("success").result()
+    end(service)
 
 
 def test_one_long_datum(service):
