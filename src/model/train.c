@@ -364,14 +364,18 @@ static void plan(struct batch *b)
     b->max_rows = (int)TB_MIN(rows, TB_MAX_MICRO_ROWS);
 }
 
-/* How a micro-batch of T rows runs, or -1 when it would take too much memory (*need bytes). */
+/* How a micro-batch of T rows runs, or -1 when it would take too much memory (*need bytes). One
+ * long datum keeps its activations where that moves nobody out of memory, else it computes them
+ * twice. */
 static int choose_kind(const struct batch *b, int T, size_t room, size_t *need)
 {
     struct tb_model *m = b->m;
     size_t most = TB_MIN(m->hard_bytes, room);
     if (b->backward) {
         *need = tb_pass_bytes(m, TB_PASS_KEEP, true, T, b->ru);
-        if (*need <= room && (T <= b->max_rows || *need <= m->soft_bytes)) return TB_PASS_KEEP;
+        if (*need <= room && (T <= b->max_rows || *need <= m->soft_bytes ||
+                              (*need <= m->hard_bytes && tb_backend_fits(m->be, *need))))
+            return TB_PASS_KEEP;
         *need = tb_pass_bytes(m, TB_PASS_RECOMPUTE, true, T, b->ru);
         return *need <= most ? TB_PASS_RECOMPUTE : -1;
     }
