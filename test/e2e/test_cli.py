@@ -12,7 +12,7 @@ from common import adam, sft_datum
 tinker = pytest.importorskip("tinker")
 testing = pytest.importorskip("click.testing")
 pytest.importorskip("tinker.cli.commands.model", reason="the command line of this release has no `model`")
-from daemon import end
+from daemon import end  # noqa: E402
 from tinker.cli.__main__ import main_cli  # noqa: E402
 from tinker.cli.exceptions import TinkerCliError  # noqa: E402
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 from common import (ADAM, VOCAB, adam, expected_loss, forward_logprobs, logprobs, prompt, rl_datum, sft_datum, tokens,
-from daemon import end
                     topk_datum)
+from daemon import end
 
 tinker = pytest.importorskip("tinker")
 types = tinker.types
