@@ -380,7 +380,7 @@ __device__ static inline void leave(const call &a, const task &t, int h, const T
     __syncwarp();
     int first = warp_id() * T::WARP_ROWS, end = min(first + T::WARP_ROWS, t.n - t.first);
     for (int row = first; row < end; row++) {
-        float *part = partial_row(a, t.part + row, h);
+        float *part = partial ? partial_row(a, t.part + row, h) : NULL;
         typename T::act *out = (typename T::act *)a.out + head_of(a, t, h, t.first + row) * a.hd;
         for (int d = lane_id(); d < a.hd; d += TB_WARP) {
             if (partial)
