@@ -335,56 +335,30 @@ static void product_task(void *arg, int task, int thread)
 
 #define TERM_COLS (16 * NW)
 
-struct term_run { /* neighbouring rows of one module */
-    const struct tb_lora_term *term;
-    int row, n, first_task;
-};
-
-struct term_pass {
-    const struct product *p;
-    struct term_run *runs;
-    int n_runs, n_tasks;
-};
+/* Tasks of one span of a term. */
+static int term_tasks(const struct tb_lora_term *t)
+{
+    return (t->n_out + TERM_COLS - 1) / TERM_COLS;
+}
 
 static void term_task(void *arg, int task, int thread)
 {
-    const struct term_pass *all = arg;
-    int lo = 0, hi = all->n_runs - 1;
-    while (lo < hi) { /* the last run that begins at or before the task */
-        int mid = (lo + hi + 1) / 2;
-        if (all->runs[mid].first_task <= task)
-            lo = mid;
-        else
-            hi = mid - 1;
-    }
-    const struct term_run *r = &all->runs[lo];
-    int c = (task - r->first_task) * TERM_COLS, end = imin(c + TERM_COLS, r->term->n_out);
+    const struct product *p = arg;
+    const struct tb_lora_term *t = p->terms;
+    for (; task >= t->n_spans * term_tasks(t); t++)
+        task -= t->n_spans * term_tasks(t);
+    const struct tb_lora_span *s = t->spans + task / term_tasks(t);
+    int c = task % term_tasks(t) * TERM_COLS, end = imin(c + TERM_COLS, t->n_out);
     for (; c < end; c += NW)
-        add_term(all->p, r->term, r->row, r->n, r->term->col + c, r->term->col + imin(c + NW, end),
-                 thread);
+        add_term(p, t, s->row, s->n, t->col + c, t->col + imin(c + NW, end), thread);
 }
 
-static void add_terms_of_few(const struct product *p)
+static void add_terms_of_few(struct product *p)
 {
-    struct term_pass all = {.p = p};
     int n = 0;
     for (int i = 0; i < p->n_terms; i++)
-        n += p->terms[i].n_spans;
-    all.runs = tb_scratch_get(&p->cpu->shared[1], (size_t)n * sizeof(*all.runs));
-    for (int i = 0; i < p->n_terms; i++) {
-        const struct tb_lora_term *t = p->terms + i;
-        for (int k = 0; k < t->n_spans; k++) {
-            const struct tb_lora_span *s = t->spans + k;
-            struct term_run *last = k ? &all.runs[all.n_runs - 1] : NULL;
-            if (last && s[-1].mat == s->mat && last->row + last->n == s->row) {
-                last->n += s->n;
-                continue;
-            }
-            all.runs[all.n_runs++] = (struct term_run){t, s->row, s->n, all.n_tasks};
-            all.n_tasks += (t->n_out + TERM_COLS - 1) / TERM_COLS;
-        }
-    }
-    tb_team_run(p->cpu->team, term_task, &all, all.n_tasks);
+        n += p->terms[i].n_spans * term_tasks(&p->terms[i]);
+    tb_team_run(p->cpu->team, term_task, p, n);
 }
 
 /* Rows whose length is no whole number of words, copied with zeros behind. */
