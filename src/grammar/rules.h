@@ -59,7 +59,7 @@ struct tb_state {
     uint32_t first, n; /* in members */
     uint32_t rest;
     bool complete;
-    uint32_t *next; /* [n_classes], 0: dead, or not walked yet; NULL: none walked */
+    uint32_t *next; /* [n_classes], 0: dead, or TB_STATE_UNKNOWN; NULL: none walked */
     uint32_t mask;  /* 1 + slot of its kept mask, or 0 */
 };
 

@@ -126,15 +126,6 @@ static int bounds(struct schema *s, const struct tb_json *at, const char *lo, co
                   uint32_t *min, uint32_t *max);
 static int limits(struct schema *s, const struct tb_json *at, double limit[4]);
 
-static size_t n_characters(const json_t *text)
-{
-    const char *p = json_string_value(text);
-    size_t n = 0;
-    for (size_t i = 0; i < json_string_length(text); i++)
-        n += ((unsigned char)p[i] & 0xc0) != 0x80;
-    return n;
-}
-
 /* *fits: does the schema hold for v, apart from const and enum? Keywords that cannot be told here
  * are refused. */
 static int validate(struct schema *s, const struct tb_json *schema, const json_t *v, bool *fits)
@@ -156,7 +147,7 @@ static int validate(struct schema *s, const struct tb_json *schema, const json_t
                                 "%s beside const or enum cannot be enforced", unknown[i].keyword);
     if (json_is_string(v)) {
         rc = bounds(s, schema, "minLength", "maxLength", &min, &max);
-        size = n_characters(v);
+        size = tb_utf8_characters(json_string_value(v), json_string_length(v));
     } else if (json_is_array(v)) {
         rc = bounds(s, schema, "minItems", "maxItems", &min, &max);
         size = json_array_size(v);

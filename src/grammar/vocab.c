@@ -31,13 +31,12 @@ static size_t common(struct tb_span a, struct tb_span b)
 /* Characters of a token that is plain, else 0. */
 static size_t plain_length(struct tb_span s)
 {
-    size_t n = 0;
     if (!tb_utf8_valid(s.p, s.n)) return 0;
     for (size_t i = 0; i < s.n; i++) {
         unsigned char c = (unsigned char)s.p[i];
         if (c < 0x20 || c == '"' || c == '\\' || c == 0x7f) return 0;
-        n += (c & 0xc0) != 0x80;
     }
+    size_t n = tb_utf8_characters(s.p, s.n);
     return n <= TB_GRAMMAR_PLAIN ? n : 0;
 }
 

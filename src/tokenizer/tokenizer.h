@@ -104,6 +104,7 @@ int tb_decoder_end(struct tb_decoder *d, struct tb_buf *out); /* all that was he
  * text holds back until the next token. An invalid tail is not held back. */
 size_t tb_utf8_incomplete_tail(const char *p, size_t n);
 bool tb_utf8_valid(const char *p, size_t n);
+size_t tb_utf8_characters(const char *p, size_t n); /* that begin in it */
 /* Appends p as valid UTF-8: every maximal invalid prefix becomes one U+FFFD. 0 or out's error code.
  */
 int tb_utf8_append(struct tb_buf *out, const char *p, size_t n);

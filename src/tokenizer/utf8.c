@@ -56,6 +56,14 @@ size_t tb_utf8_incomplete_tail(const char *p, size_t n)
     return 0;
 }
 
+size_t tb_utf8_characters(const char *p, size_t n)
+{
+    size_t count = 0;
+    for (size_t i = 0; i < n; i++)
+        count += ((unsigned char)p[i] & 0xc0) != 0x80;
+    return count;
+}
+
 bool tb_utf8_valid(const char *p, size_t n)
 {
     const unsigned char *u = (const unsigned char *)p;

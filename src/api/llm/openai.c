@@ -267,15 +267,6 @@ static void put_tops(struct tb_json_out *j, const struct tb_llm *l, const struct
     }
 }
 
-/* Characters that begin in s. */
-static size_t n_characters(struct tb_span s)
-{
-    size_t n = 0;
-    for (size_t i = 0; i < s.n; i++)
-        n += ((unsigned char)s.p[i] & 0xc0) != 0x80;
-    return n;
-}
-
 /* offset: characters of the tokens before. Returns it for those after. */
 static size_t put_text_logprobs(struct tb_json_out *j, const struct tb_llm *l,
                                 const struct run *runs, int n_runs, size_t offset)
@@ -310,7 +301,8 @@ static size_t put_text_logprobs(struct tb_json_out *j, const struct tb_llm *l,
     for (int r = 0; r < n_runs; r++) {
         for (int32_t i = 0; i < runs[r].n; i++) {
             tb_jout_int(j, NULL, (int64_t)offset);
-            offset += n_characters(tb_llm_token_bytes(l, runs[r].tokens[i]));
+            struct tb_span s = tb_llm_token_bytes(l, runs[r].tokens[i]);
+            offset += tb_utf8_characters(s.p, s.n);
         }
     }
     tb_jout_array_end(j);
