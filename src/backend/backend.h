@@ -132,6 +132,11 @@ struct tb_backend_ops {
     void (*upload)(struct tb_backend *be, void *dst, const void *host, size_t bytes);
     void (*download)(struct tb_backend *be, void *host, const void *src, size_t bytes);
     void (*copy)(struct tb_backend *be, void *dst, const void *src, size_t bytes);
+    /* dst is here; src is of another backend of the same kind, whose work on it is done (synced)
+     * and which leaves it as it is until sync has returned here. When it is the other device that
+     * fails, only the copy does: 0 or TB_EDEVICE. */
+    int (*copy_from)(struct tb_backend *be, void *dst, struct tb_backend *src_be, const void *src,
+                     size_t bytes, struct tb_error *err);
     void (*zero)(struct tb_backend *be, void *dst, size_t bytes);
 
     /* ---- weights. Several matrices with the same n_in may be stacked along n_out into one weight
@@ -267,6 +272,7 @@ struct tb_backend_ops {
 
 struct tb_backend {
     const struct tb_backend_ops *ops;
+    const char *kind; /* of device, for people; backends of one kind and dtype give the same bits */
     enum tb_dtype act;
     int n_threads;
     size_t mem_limit; /* bytes that alloc, weights and charges may take in all; 0 = no limit */

@@ -61,6 +61,8 @@ static int open_device(struct tb_cuda *c, int device, struct tb_error *err)
                             "that is supported",
                             c->device, c->name, p.major, p.minor, LEAST_MAJOR);
     c->n_sm = p.multiProcessorCount;
+    snprintf(c->kind, sizeof(c->kind), "%s, %d multiprocessors", c->name, c->n_sm);
+    c->be.kind = c->kind;
     c->smem_block = p.sharedMemPerBlockOptin;
     c->total_bytes = p.totalGlobalMem;
     return 0;

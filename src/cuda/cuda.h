@@ -31,7 +31,7 @@ struct tb_cuda {
     struct tb_backend be; /* first: the table's functions cast */
     struct tb_backend_ops ops;
     int device;
-    char name[64];
+    char name[64], kind[96];
     int n_sm;            /* multiprocessors */
     size_t smem_block;   /* shared memory that a block may ask for */
     cudaStream_t stream; /* where work is queued now */
@@ -40,6 +40,7 @@ struct tb_cuda {
     void *scratch;
     size_t scratch_bytes; /* at least TB_CUDA_SCRATCH */
     size_t total_bytes;   /* of device memory */
+    uint64_t peers;       /* devices, a bit each, that copies have come from */
     void *memory;         /* what the pool cuts up */
     struct tb_cuda_pool *pool;
     struct tb_cuda_ring *ring;

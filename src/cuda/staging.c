@@ -202,6 +202,34 @@ static void copy(struct tb_backend *be, void *dst, const void *src, size_t bytes
                    "copy");
 }
 
+/* Copies from that device go straight where the machine can do so, else through the host. */
+static void open_peer(struct tb_cuda *c, int peer)
+{
+    int can = 0;
+    uint64_t bit = peer < 64 ? (uint64_t)1 << peer : 0;
+    if (peer == c->device || c->peers & bit) return;
+    c->peers |= bit;
+    if (!cudaDeviceCanAccessPeer(&can, c->device, peer) && can)
+        (void)cudaDeviceEnablePeerAccess(peer, 0);
+    (void)cudaGetLastError(); /* it may be open already */
+}
+
+static int copy_from(struct tb_backend *be, void *dst, struct tb_backend *src_be, const void *src,
+                     size_t bytes, struct tb_error *err)
+{
+    struct tb_cuda *c = tb_cuda(be), *from = tb_cuda(src_be);
+    if (bytes && tb_cuda_ok(c, cudaSuccess, "copy")) {
+        open_peer(c, from->device);
+        cudaError_t e = cudaMemcpyPeerAsync(dst, c->device, src, from->device, bytes, c->stream);
+        (void)cudaGetLastError();
+        /* This device is well if its own work still is. */
+        if (e && tb_cuda_ok(c, cudaStreamSynchronize(c->stream), "a copy from another device"))
+            return tb_error_set(err, TB_EDEVICE, "CUDA device %d cannot copy from device %d: %s",
+                                c->device, from->device, cudaGetErrorString(e));
+    }
+    return c->lost.code ? tb_error_set(err, c->lost.code, "%s", c->lost.msg) : 0;
+}
+
 static void zero(struct tb_backend *be, void *dst, size_t bytes)
 {
     struct tb_cuda *c = tb_cuda(be);
@@ -224,6 +252,7 @@ void tb_cuda_memory_ops(struct tb_backend_ops *o)
     o->upload = upload;
     o->download = download;
     o->copy = copy;
+    o->copy_from = copy_from;
     o->zero = zero;
     o->sync = sync;
 }

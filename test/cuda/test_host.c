@@ -6,13 +6,18 @@
 #include "cuda/host.h"
 #include "emu.h"
 
-static struct tb_backend *open_device(enum tb_dtype act, size_t limit)
+static struct tb_backend *open_nth(int device, enum tb_dtype act, size_t limit)
 {
     struct tb_backend *be = NULL;
     struct tb_error err = {0};
-    struct tb_backend_options o = {.act = act, .mem_limit = limit};
+    struct tb_backend_options o = {.act = act, .mem_limit = limit, .device = device};
     if (tb_backend_cuda_create(&be, &o, &err)) fail_msg("%s", err.msg);
     return be;
+}
+
+static struct tb_backend *open_device(enum tb_dtype act, size_t limit)
+{
+    return open_nth(0, act, limit);
 }
 
 static int pick(int n) /* uniform in [0, n) */
@@ -532,6 +537,104 @@ static void test_others_failure(void **state)
     b->ops->destroy(b);
 }
 
+/* ---- copies between devices */
+
+struct pair {
+    struct tb_backend *a, *b;
+    float *pa, *pb; /* [DIM] on each */
+};
+
+static struct pair open_pair(void)
+{
+    struct pair p = {.a = open_nth(0, TB_F32, (size_t)256 << 20),
+                     .b = open_nth(1, TB_F32, (size_t)256 << 20)};
+    float *x = random_f32(DIM);
+    tb_backend_use(p.b, TB_QUEUE_TRAIN);
+    p.pb = p.b->ops->alloc(p.b, 4 * DIM);
+    p.b->ops->zero(p.b, p.pb, 4 * DIM);
+    tb_backend_use(p.a, TB_QUEUE_TRAIN);
+    p.pa = p.a->ops->alloc(p.a, 4 * DIM);
+    p.a->ops->upload(p.a, p.pa, x, 4 * DIM);
+    assert_int_equal(p.a->ops->sync(p.a, NULL), 0);
+    tb_backend_use(p.b, TB_QUEUE_TRAIN);
+    free(x);
+    return p;
+}
+
+static void close_pair(struct pair *p)
+{
+    emu_fail_after(0);
+    p->a->ops->destroy(p->a);
+    p->b->ops->destroy(p->b);
+}
+
+/* It is queued like all else, in the order of both queues, and refused beyond either memory. */
+static void test_copy_from(void **state)
+{
+    setenv("TB_EMU_DEVICES", "2", 1);
+    struct pair p = open_pair();
+    const struct tb_backend_ops *o = p.b->ops;
+    struct tb_error err = {0};
+    float got[DIM], *x = p.pa; /* the emulation's device memory is the host's */
+    assert_int_equal(o->copy_from(p.b, p.pb, p.a, p.pa, 4 * DIM, &err), 0);
+    assert_true(memcmp(p.pb, x, 4 * DIM) != 0); /* not yet */
+    assert_int_equal(o->sync(p.b, NULL), 0);
+    assert_memory_equal(p.pb, x, 4 * DIM);
+    for (int queue = 0; queue < 2; queue++) {
+        o->zero(p.b, p.pb, 4 * DIM);
+        assert_int_equal(o->copy_from(p.b, p.pb, p.a, p.pa, 4 * DIM, &err), 0);
+        if (queue) o->use(p.b, TB_QUEUE_SAMPLE);
+        o->add(p.b, p.pb, p.pb, DIM);
+        o->download(p.b, got, p.pb, 4 * DIM);
+        for (int i = 0; i < DIM; i++)
+            assert_true(got[i] == 2 * x[i]);
+    }
+    size_t left = p.a->mem_limit;
+    assert_int_equal(o->copy_from(p.b, p.pb, p.a, p.pa, left, &err), TB_EDEVICE);
+    assert_int_equal(o->copy_from(p.b, p.pa, p.a, p.pa, 4, &err), TB_EDEVICE);
+    assert_non_null(strstr(err.msg, "CUDA device 1 cannot copy from device 0: "));
+    assert_true(!p.a->lost && !p.b->lost);
+    close_pair(&p);
+    unsetenv("TB_EMU_DEVICES");
+}
+
+/* When the other device is lost only the copy fails; when its own is, it is lost. */
+static void test_copy_from_lost(void **state)
+{
+    setenv("TB_EMU_DEVICES", "2", 1);
+    for (int which = 0; which < 2; which++) {
+        struct pair p = open_pair();
+        struct tb_error err = {0};
+        float got[DIM];
+        emu_fail_device(which);
+        assert_int_equal(p.b->ops->copy_from(p.b, p.pb, p.a, p.pa, 4 * DIM, &err), TB_EDEVICE);
+        assert_non_null(strstr(err.msg, which ? "CUDA device 1 (emulated GPU) is lost: "
+                                              : "CUDA device 1 cannot copy from device 0: "));
+        assert_int_equal(p.b->lost, which == 1);
+        p.b->ops->download(p.b, got, p.pb, 4 * DIM);
+        for (int i = 0; i < DIM; i++)
+            assert_true(got[i] >= 0 && got[i] <= 0);
+        assert_int_equal(p.b->ops->sync(p.b, &err), which ? TB_EDEVICE : 0);
+        close_pair(&p);
+    }
+    unsetenv("TB_EMU_DEVICES");
+}
+
+static void test_kind(void **state)
+{
+    setenv("TB_EMU_DEVICES", "3", 1);
+    setenv("TB_EMU_NAMES", "small,large", 1);
+    static const char *const want[] = {"small, 3 multiprocessors", "large, 3 multiprocessors",
+                                       "emulated GPU, 3 multiprocessors"};
+    for (int i = 0; i < 3; i++) {
+        struct tb_backend *be = open_nth(i, TB_F32, (size_t)256 << 20);
+        assert_string_equal(be->kind, want[i]);
+        be->ops->destroy(be);
+    }
+    unsetenv("TB_EMU_NAMES");
+    unsetenv("TB_EMU_DEVICES");
+}
+
 static void test_complete(void **state)
 {
     struct tb_backend *be = open_device(TB_BF16, (size_t)256 << 20);
@@ -550,7 +653,8 @@ int main(void)
         cmocka_unit_test(test_rows),      cmocka_unit_test(test_no_candidate),
         cmocka_unit_test(test_steps),     cmocka_unit_test(test_new_product),
         cmocka_unit_test(test_lost),      cmocka_unit_test(test_others_failure),
-        cmocka_unit_test(test_complete),
+        cmocka_unit_test(test_copy_from), cmocka_unit_test(test_copy_from_lost),
+        cmocka_unit_test(test_kind),      cmocka_unit_test(test_complete),
     };
     return cmocka_run_group_tests_name("cuda host", tests, NULL, NULL);
 }

@@ -68,6 +68,13 @@ static void cpu_copy(struct tb_backend *be, void *dst, const void *src, size_t b
     if (bytes) memmove(dst, src, bytes);
 }
 
+static int cpu_copy_from(struct tb_backend *be, void *dst, struct tb_backend *src_be,
+                         const void *src, size_t bytes, struct tb_error *err)
+{
+    cpu_copy(be, dst, src, bytes);
+    return 0;
+}
+
 static void cpu_zero(struct tb_backend *be, void *dst, size_t bytes)
 {
     if (bytes) memset(dst, 0, bytes);
@@ -85,6 +92,7 @@ void tb_cpu_memory_ops(struct tb_backend_ops *o)
     o->upload = cpu_copy;
     o->download = cpu_copy;
     o->copy = cpu_copy;
+    o->copy_from = cpu_copy_from;
     o->zero = cpu_zero;
     o->sync = cpu_sync;
 }
@@ -212,6 +220,7 @@ int tb_backend_cpu_create(struct tb_backend **out, const struct tb_backend_optio
     if (!c) return tb_error_set(err, TB_ENOMEM, "no memory for the CPU backend");
     long cores = sysconf(_SC_NPROCESSORS_ONLN);
     c->isa = isa;
+    c->be.kind = isa_names[isa];
     c->be.act = act;
     c->be.n_threads = options && options->n_threads > 0 ? options->n_threads : (int)cores;
     if (c->be.n_threads < 1) c->be.n_threads = 1;

@@ -12,13 +12,17 @@
  * asked for, so AddressSanitizer sees what goes beyond. A stream that captures only records, and a
  * graph's launch runs what was recorded. Sizes that a GPU refuses at a launch are refused.
  *
+ * Memory belongs to a device: a copy between two must name where each end is, and happens only
+ * when its stream is waited for or comes to other work.
+ *
  * What it does not. Streams do not overlap: work runs when it is queued. Memory is coherent and
  * atomics are plain. Bank conflicts, registers and time mean nothing. mma sums in float64, cuBLASLt
  * in float32 in the order of K: a GPU's bits differ. Not for ThreadSanitizer.
  *
- * Environment: TB_EMU_DEVICES devices (1); TB_EMU_MEMORY bytes of each (1 GiB); TB_EMU_PROTECT=1
- * makes device memory accessible only while kernels and copies run, so that a host's access to it
- * is a crash; TB_EMU_FAIL_AFTER as emu_fail_after at the start.
+ * Environment: TB_EMU_DEVICES devices (1), with names by TB_EMU_NAMES (by commas; else all one);
+ * TB_EMU_MEMORY bytes of each (1 GiB); TB_EMU_PROTECT=1 makes device memory accessible only while
+ * kernels and copies run, so that a host's access to it is a crash; TB_EMU_FAIL_AFTER as
+ * emu_fail_after at the start.
  *
  * Thread: any, one at a time a device.
  */
@@ -32,6 +36,8 @@ extern "C" {
 /* The n-th launch or call from now (1: the next) that works on a device fails, and all after it; 0:
  * all is well again. */
 void emu_fail_after(long n);
+/* All that works on this device fails from now on, until emu_fail_after(0). */
+void emu_fail_device(int device);
 /* The first n of cuBLASLt's two candidates (1 at the start) sum in another order where a product
  * has more than 32 columns, as a library's may. */
 void emu_vary_products(int n);

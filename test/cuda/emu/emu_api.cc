@@ -37,16 +37,23 @@ static thread_local int current_device;
 struct CUstream_st {
     capture *into = NULL;
     int device = current_device;
+    std::vector<std::function<void()>> late; /* queued copies between devices */
 };
 struct CUevent_st {
-    capture *into = NULL; /* recorded while a stream captured */
+    capture *into = NULL;       /* recorded while a stream captured */
+    CUstream_st *stream = NULL; /* that has yet to come to it */
 };
 
 #define MAX_SHARED     (99 << 10) /* the least that a GPU of 8.0 or later has */
 #define SHARED_UNASKED (48 << 10)
 
 static std::mutex lock;
-static std::map<char *, size_t> device_memory, pinned_memory; /* start, bytes */
+struct device_block {
+    size_t bytes;
+    int device;
+};
+static std::map<char *, device_block> device_memory; /* by its start */
+static std::map<char *, size_t> pinned_memory;
 static std::map<const void *, int> shared_asked;
 static size_t device_bytes;
 static int n_capturing_strictly;
@@ -56,16 +63,26 @@ static thread_local cudaError_t last_error;
 static size_t environment(const char *name, size_t otherwise);
 static long fail_in = (long)environment("TB_EMU_FAIL_AFTER", 0);
 static bool failed;
+static unsigned long failed_devices; /* a bit each */
 
 void emu_fail_after(long n)
 {
     fail_in = n;
     failed = false;
+    if (!n) failed_devices = 0;
+}
+void emu_fail_device(int device)
+{
+    failed_devices |= 1ul << device;
+}
+static bool has_failed(int device)
+{
+    return failed || failed_devices >> device & 1;
 }
 static cudaError_t device_state(void)
 {
     if (fail_in > 0 && --fail_in == 0) failed = true;
-    return failed ? cudaErrorLaunchFailure : cudaSuccess;
+    return has_failed(current_device) ? cudaErrorLaunchFailure : cudaSuccess;
 }
 void emu_set_error(cudaError_t e)
 {
@@ -80,11 +97,11 @@ cudaError_t cudaGetLastError(void)
 {
     cudaError_t e = last_error;
     last_error = cudaSuccess;
-    return failed ? cudaErrorLaunchFailure : e;
+    return has_failed(current_device) ? cudaErrorLaunchFailure : e;
 }
 cudaError_t cudaPeekAtLastError(void)
 {
-    return failed ? cudaErrorLaunchFailure : last_error;
+    return has_failed(current_device) ? cudaErrorLaunchFailure : last_error;
 }
 const char *cudaGetErrorName(cudaError_t e)
 {
@@ -98,6 +115,7 @@ const char *cudaGetErrorName(cudaError_t e)
     case cudaErrorInvalidDevice: return "cudaErrorInvalidDevice";
     case cudaErrorInvalidResourceHandle: return "cudaErrorInvalidResourceHandle";
     case cudaErrorNotReady: return "cudaErrorNotReady";
+    case cudaErrorPeerAccessAlreadyEnabled: return "cudaErrorPeerAccessAlreadyEnabled";
     case cudaErrorLaunchFailure: return "cudaErrorLaunchFailure";
     case cudaErrorNotSupported: return "cudaErrorNotSupported";
     case cudaErrorStreamCaptureUnsupported: return "cudaErrorStreamCaptureUnsupported";
@@ -156,11 +174,19 @@ cudaError_t cudaGetDevice(int *device)
     *device = current_device;
     return cudaSuccess;
 }
+/* The device's part of TB_EMU_NAMES; those behind the last have the usual one. */
+static void name_device(char *out, size_t n, int device)
+{
+    const char *s = getenv("TB_EMU_NAMES");
+    for (; s && device; device--)
+        if ((s = strchr(s, ','))) s++;
+    snprintf(out, n, "%.*s", s ? (int)strcspn(s, ",") : 12, s ? s : "emulated GPU");
+}
 cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int device)
 {
     if (device < 0 || device >= n_devices()) return result(cudaErrorInvalidDevice);
     memset(p, 0, sizeof(*p));
-    snprintf(p->name, sizeof(p->name), "emulated GPU");
+    name_device(p->name, sizeof(p->name), device);
     p->totalGlobalMem = memory_total();
     p->sharedMemPerBlock = SHARED_UNASKED;
     p->sharedMemPerBlockOptin = MAX_SHARED;
@@ -213,7 +239,7 @@ struct device_access {
         depth += by;
         if (before && depth) return;
         for (auto &m : device_memory)
-            mprotect(page_start(m.first), page_round(m.second), to);
+            mprotect(page_start(m.first), page_round(m.second.bytes), to);
     }
 };
 int device_access::depth;
@@ -243,7 +269,7 @@ cudaError_t cudaMalloc(void **p, size_t bytes)
     } else if (bytes <= (size_t)64 << 20) {
         memset(at, 0xff, bytes); /* NaNs */
     }
-    device_memory[at] = bytes;
+    device_memory[at] = {bytes, current_device};
     device_bytes += bytes;
     *p = at;
     return cudaSuccess;
@@ -254,9 +280,9 @@ cudaError_t cudaFree(void *p)
     std::lock_guard<std::mutex> g(lock);
     auto m = device_memory.find((char *)p);
     if (m == device_memory.end()) return result(cudaErrorInvalidValue);
-    device_bytes -= m->second;
+    device_bytes -= m->second.bytes;
     if (protecting())
-        munmap(page_start(m->first), page_round(m->second));
+        munmap(page_start(m->first), page_round(m->second.bytes));
     else
         free(p);
     device_memory.erase(m);
@@ -287,6 +313,17 @@ cudaError_t cudaFreeHost(void *p)
 }
 
 /* ---- work */
+
+/* The stream comes to what it was left with. */
+static void catch_up(cudaStream_t s)
+{
+    if (!s || s->late.empty()) return;
+    device_access open;
+    for (auto &work : s->late)
+        work();
+    s->late.clear();
+}
+
 cudaError_t emu_enqueue(cudaStream_t s, const char *what, std::function<void()> work)
 {
     cudaError_t e = device_state();
@@ -297,6 +334,7 @@ cudaError_t emu_enqueue(cudaStream_t s, const char *what, std::function<void()> 
         s->into->graph->nodes.push_back({what, std::move(work)});
         return cudaSuccess;
     }
+    catch_up(s);
     device_access open;
     work();
     return cudaSuccess;
@@ -348,6 +386,51 @@ cudaError_t cudaMemsetAsync(void *dst, int value, size_t bytes, cudaStream_t s)
         if (bytes) memset(dst, value, bytes);
     });
 }
+/* Whether a device has this memory, in one piece that cudaMalloc gave. */
+static bool is_on(const void *p, size_t bytes, int device)
+{
+    std::lock_guard<std::mutex> g(lock);
+    auto m = device_memory.upper_bound((char *)p);
+    if (m == device_memory.begin()) return false;
+    --m;
+    size_t at = (size_t)((char *)p - m->first);
+    return m->second.device == device && at <= m->second.bytes && bytes <= m->second.bytes - at;
+}
+/* Copies when the stream is waited for, or comes to its next work. */
+cudaError_t cudaMemcpyPeerAsync(void *dst, int dst_device, const void *src, int src_device,
+                                size_t bytes, cudaStream_t s)
+{
+    cudaError_t e = device_state();
+    if (!e && has_failed(src_device)) e = cudaErrorLaunchFailure;
+    if (!e && (!s || s->device != current_device)) e = cudaErrorInvalidResourceHandle;
+    if (!e && s->into) e = cudaErrorStreamCaptureUnsupported;
+    if (!e && (!is_on(dst, bytes, dst_device) || !is_on(src, bytes, src_device)))
+        e = cudaErrorInvalidValue;
+    if (!e)
+        s->late.push_back([=] {
+            if (!is_on(dst, bytes, dst_device) || !is_on(src, bytes, src_device))
+                emu_abort("memory of a copy between devices was freed", __FILE__, __LINE__);
+            memmove(dst, src, bytes);
+        });
+    return result(e);
+}
+static bool are_peers(int device, int peer)
+{
+    return device != peer && device >= 0 && peer >= 0 && device < n_devices() && peer < n_devices();
+}
+cudaError_t cudaDeviceCanAccessPeer(int *can, int device, int peer)
+{
+    *can = are_peers(device, peer);
+    return cudaSuccess;
+}
+cudaError_t cudaDeviceEnablePeerAccess(int peer, unsigned)
+{
+    static unsigned long enabled[64];
+    if (!are_peers(current_device, peer)) return result(cudaErrorInvalidDevice);
+    if (enabled[current_device] >> peer & 1) return result(cudaErrorPeerAccessAlreadyEnabled);
+    enabled[current_device] |= 1ul << peer;
+    return cudaSuccess;
+}
 cudaError_t cudaMemset(void *dst, int value, size_t bytes)
 {
     return cudaMemsetAsync(dst, value, bytes, NULL);
@@ -385,7 +468,9 @@ static cudaError_t not_while_capturing(cudaStream_t s)
 cudaError_t cudaStreamSynchronize(cudaStream_t s)
 {
     cudaError_t e = not_while_capturing(s);
-    return result(e ? e : device_state());
+    if (!e) e = device_state();
+    if (!e) catch_up(s);
+    return result(e);
 }
 cudaError_t cudaStreamQuery(cudaStream_t s)
 {
@@ -416,11 +501,16 @@ cudaError_t cudaEventDestroy(cudaEvent_t e)
 cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s)
 {
     e->into = s ? s->into : NULL;
+    e->stream = s && !s->late.empty() ? s : NULL;
     return result(device_state());
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t e)
 {
-    if (!e->into) return result(device_state());
+    if (!e->into) {
+        catch_up(e->stream);
+        e->stream = NULL;
+        return result(device_state());
+    }
     e->into->valid = false;
     return result(cudaErrorStreamCaptureUnsupported);
 }
@@ -436,6 +526,8 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t s, cudaEvent_t e, unsigned)
         s->into = e->into;
         s->into->streams.push_back(s);
     }
+    catch_up(e->stream);
+    e->stream = NULL;
     return result(device_state());
 }
 

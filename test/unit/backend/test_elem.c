@@ -384,6 +384,39 @@ static void test_create(void **state)
     be->ops->destroy(be);
 }
 
+/* What one backend has computed comes to another of its kind. */
+static void test_copy_from(void **state)
+{
+    enum { N = 70001 };
+    for (int i = 0; i < N_TARGETS; i++) {
+        struct tb_backend *a = open_backend(targets[i].isa, targets[i].act, 1),
+                          *b = open_backend(targets[i].isa, targets[i].act, 1);
+        if (!a) continue;
+        assert_string_equal(a->kind, b->kind);
+        float *x = random_f32(N), *got = malloc(N * 4);
+        float *pa = a->ops->alloc(a, N * 4), *pb = b->ops->alloc(b, N * 4);
+        a->ops->upload(a, pa, x, N * 4);
+        a->ops->add(a, pa, pa, N);
+        assert_int_equal(a->ops->sync(a, NULL), 0);
+        b->ops->zero(b, pb, N * 4);
+        assert_int_equal(b->ops->copy_from(b, pb, a, pa, N * 4, NULL), 0);
+        assert_int_equal(b->ops->copy_from(b, pb, a, pa, 0, NULL), 0);
+        b->ops->add(b, pb, pb, N); /* after the copy */
+        assert_int_equal(b->ops->sync(b, NULL), 0);
+        a->ops->zero(a, pa, N * 4);
+        b->ops->download(b, got, pb, N * 4);
+        for (int k = 0; k < N; k++)
+            x[k] *= 4;
+        assert_same_bits("copied", got, x, N * 4);
+        a->ops->free(a, pa, N * 4);
+        b->ops->free(b, pb, N * 4);
+        a->ops->destroy(a);
+        b->ops->destroy(b);
+        free(x);
+        free(got);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -391,6 +424,7 @@ int main(void)
         cmocka_unit_test(test_rmsnorm),   cmocka_unit_test(test_heads),
         cmocka_unit_test(test_swiglu),    cmocka_unit_test(test_flat),
         cmocka_unit_test(test_gradients), cmocka_unit_test(test_adamw),
+        cmocka_unit_test(test_copy_from),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
