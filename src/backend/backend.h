@@ -273,6 +273,7 @@ struct tb_backend_ops {
 struct tb_backend {
     const struct tb_backend_ops *ops;
     const char *kind; /* of device, for people; backends of one kind and dtype give the same bits */
+    int shard_tokens; /* of training ops, whose gradients depend on it (model.h); 0: no shards */
     enum tb_dtype act;
     int n_threads;
     size_t mem_limit; /* bytes that alloc, weights and charges may take in all; 0 = no limit */

@@ -14,6 +14,8 @@
 #include "util/log.h"
 
 #define LEAST_MAJOR 8 /* compute capability: bf16 tensor cores, cp.async */
+/* Enough for the products, and for what it costs to bring a gradient from another device. */
+#define SHARD_TOKENS 4096
 
 void tb_cuda_fail(struct tb_cuda *c, const char *what, const char *why)
 {
@@ -151,6 +153,7 @@ int tb_backend_cuda_create(struct tb_backend **out, const struct tb_backend_opti
     struct tb_cuda *c = tb_calloc(1, sizeof(*c));
     *out = NULL;
     c->be.act = options ? options->act : TB_BF16;
+    c->be.shard_tokens = SHARD_TOKENS;
     fill_ops(c);
     int rc = open_device(c, options ? options->device : 0, err);
     if (!rc) rc = open_pool(c, options ? options->mem_limit : 0, err);

@@ -229,9 +229,14 @@ int tb_adapter_publish(struct tb_adapter *a, struct tb_adapter_version **out, st
 
 /* ---- adapters */
 
+size_t tb_lora_flat_bytes(const struct tb_lora_layout *l)
+{
+    return (size_t)l->n_floats * 4;
+}
+
 size_t tb_adapter_flat_bytes(const struct tb_adapter *a)
 {
-    return (size_t)a->layout->n_floats * 4;
+    return tb_lora_flat_bytes(a->layout);
 }
 
 /* A held adapter with uninitialised parameters; takes over the layout reference, also when it
@@ -255,18 +260,28 @@ static int adapter_alloc(struct tb_adapter **out, struct tb_model *m, struct tb_
     return 0;
 }
 
+float *tb_lora_alloc_flat(struct tb_model *m, const struct tb_lora_layout *l)
+{
+    float *p = m->be->ops->alloc(m->be, tb_lora_flat_bytes(l));
+    if (p) m->usage.adapters += tb_lora_flat_bytes(l);
+    return p;
+}
+
+void tb_lora_free_flat(struct tb_model *m, const struct tb_lora_layout *l, float *p)
+{
+    if (!p) return;
+    m->be->ops->free(m->be, p, tb_lora_flat_bytes(l));
+    m->usage.adapters -= tb_lora_flat_bytes(l);
+}
+
 float *tb_adapter_alloc_flat(struct tb_adapter *a)
 {
-    float *p = a->m->be->ops->alloc(a->m->be, tb_adapter_flat_bytes(a));
-    if (p) a->m->usage.adapters += tb_adapter_flat_bytes(a);
-    return p;
+    return tb_lora_alloc_flat(a->m, a->layout);
 }
 
 void tb_adapter_free_flat(struct tb_adapter *a, float *p)
 {
-    if (!p) return;
-    a->m->be->ops->free(a->m->be, p, tb_adapter_flat_bytes(a));
-    a->m->usage.adapters -= tb_adapter_flat_bytes(a);
+    tb_lora_free_flat(a->m, a->layout, p);
 }
 
 void tb_adapter_free(struct tb_adapter *a)

@@ -89,14 +89,14 @@ static int eval_graph(struct tb_datum_run *r, float *g, struct tb_error *err)
                                .n = r->in->n,
                                .k = r->in->k,
                                .two_d = r->in->two_d,
-                               .be = op->adapter->m->be,
+                               .be = op->m->be,
                                .metrics = op->one,
                                .d_logprobs = op->backward ? g : NULL};
     int rc = tb_graph_eval(op->graph, &run, err);
     if (rc) return rc;
     r->loss += run.loss;
     for (int i = 0; i < tb_graph_n_metrics(op->graph); i++)
-        op->metrics[i] += op->one[i];
+        op->shards[op->shard].metrics[i] += op->one[i];
     return 0;
 }
 
@@ -167,8 +167,8 @@ static int gather_dlogits(struct head *h, int *n_stretches, int *n_rows)
             a = b;
         }
         if (c > start)
-            h->rows[(*n_rows)++] = (struct tb_lora_rows){start, c - start, q->run->op->adapter->cur,
-                                                         q->run->op->scratch};
+            h->rows[(*n_rows)++] =
+                (struct tb_lora_rows){start, c - start, q->run->op->ver, q->run->op->scratch};
     }
     return c;
 }

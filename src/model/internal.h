@@ -60,6 +60,7 @@ struct tb_model {
     int head_rows;  /* rows of logits held at once */
     int head_piece; /* a datum's rows go through the head in pieces of this many (gradient order) */
     size_t soft_bytes, hard_bytes; /* activations of a micro-batch; of one long datum */
+    int shard_tokens; /* an op of more tokens is cut into shards (training.c); 0: never */
     struct tb_block train_ws, sample_ws;
     struct tb_kv kv;
     struct tb_list samplings; /* all live ones, oldest first */
@@ -159,7 +160,10 @@ size_t tb_version_idle_bytes(const struct tb_adapter_version *v);
 void tb_adapter_page_init(struct tb_adapter *a);
 void tb_version_page_init(struct tb_adapter_version *v);
 
-/* One float32 array, counted. */
+/* One float32 array of a layout's size, counted as an adapter's. */
+size_t tb_lora_flat_bytes(const struct tb_lora_layout *l);
+float *tb_lora_alloc_flat(struct tb_model *m, const struct tb_lora_layout *l);
+void tb_lora_free_flat(struct tb_model *m, const struct tb_lora_layout *l, float *p);
 float *tb_adapter_alloc_flat(struct tb_adapter *a);
 void tb_adapter_free_flat(struct tb_adapter *a, float *p);   /* accepts NULL */
 size_t tb_version_bytes(const struct tb_adapter_version *v); /* of act */

@@ -265,6 +265,7 @@ static void set_limits(struct tb_model *m)
     /* Pieces of 64 rows where the block allows; the piece depends on nothing but the model and this
      * option, so gradients never depend on what shares the batch. */
     size_t rows = o->logits_bytes / ((size_t)c->vocab * 4);
+    m->shard_tokens = o->shard_tokens ? o->shard_tokens : m->be->shard_tokens;
     m->head_piece = (int)TB_MIN(TB_MAX(rows, 1), 64);
     m->head_rows = (int)TB_MIN(rows, 2048) / m->head_piece * m->head_piece;
     m->head_rows = TB_MAX(m->head_rows, m->head_piece);

@@ -40,6 +40,7 @@ struct tb_model_options {
     /* Activations of one micro-batch in training; a datum that needs more is refused. 0 = an eighth
      * of the machine's memory, at most 1 GiB, and more for a datum longer than that. */
     size_t activation_bytes;
+    int shard_tokens;       /* of an op in training, below; 0 = the backend's */
     struct tb_pager *pager; /* model/pager.h; NULL: nothing goes to files. Outlives the model */
 };
 
@@ -131,6 +132,34 @@ struct tb_train_part {
  * for a failure of the whole pass (device lost), with every op's error set. */
 int tb_model_train(struct tb_model *m, const struct tb_train_part *parts, int n,
                    struct tb_error *err);
+
+/* An op of many tokens is cut into shards, by its data alone: each has a gradient of its own, and
+ * the op's is their sum in order. So several devices that have the model may compute shards at the
+ * same time, to the bits of one device. The op's device computes the first ones, other devices have
+ * shares, and it collects these in order:
+ *
+ *   tb_training_compute_to(t, 2)         2 of t's shards here; then it waits
+ *   tb_training_share(&s, t, ver, 2, 4)  on the other device's thread: 2 more, which
+ *                                        tb_model_train computes until it is done
+ *   tb_training_collect(t, s)            here; t is done when that was the last
+ *
+ * t, its op and its graph outlive the shares. */
+int tb_training_n_shards(const struct tb_training *t);
+int tb_training_shard_end(const struct tb_training *t, int shard); /* its data end before this */
+void tb_training_compute_to(struct tb_training *t, int shard);     /* only shards before this */
+/* Whether it waits for shares to be collected. */
+bool tb_training_waits(const struct tb_training *t);
+/* Shards [from, to) of `of`, under the same weights on another device. A share that fails says why
+ * in tb_training_error. */
+void tb_training_share(struct tb_training **out, const struct tb_training *of,
+                       struct tb_adapter_version *ver, int from, int to);
+const struct tb_error *tb_training_error(const struct tb_training *t);
+/* Adds a share that is done, the next in order, while nobody else uses it; then it may be destroyed
+ * on its own thread. When it failed for its device's sake (memory, a lost device, a lane that
+ * closes), returns that code and changes nothing: tb_training_compute_to its end does its shards
+ * here. Any other failure is the op's. */
+int tb_training_collect(struct tb_training *t, const struct tb_training *share,
+                        struct tb_error *err);
 
 /* AdamW with clipping on the accumulated gradient; fills op->result.metrics or op->error (then p,
  * m, v are untouched). Clears the gradient. */

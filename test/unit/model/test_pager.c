@@ -271,10 +271,11 @@ static void load(struct pair *p, int i, int j, bool with_optimizer)
     }
 }
 
-static void mixed(const char *dtype, double adapters, int n_ops)
+static void mixed(const char *dtype, double adapters, int shard_tokens, int n_ops)
 {
     struct pair p;
     open_pair(&p, dtype, adapters);
+    p.m[0]->shard_tokens = p.m[1]->shard_tokens = shard_tokens;
     uint64_t dice = 7;
     int all[N_ADAPTERS];
     for (int i = 0; i < N_ADAPTERS; i++)
@@ -316,15 +317,22 @@ static void mixed(const char *dtype, double adapters, int n_ops)
 static void test_f32(void **state)
 {
     (void)state;
-    mixed("f32", 1, repeats(300));
-    mixed("f32", 2.5, repeats(150));
+    mixed("f32", 1, 0, repeats(300));
+    mixed("f32", 2.5, 0, repeats(150));
 }
 
 static void test_bf16(void **state)
 {
     (void)state;
     if (!backend_bf16()) skip();
-    mixed("bf16", 1, repeats(150));
+    mixed("bf16", 1, 0, repeats(150));
+}
+
+/* Ops in shards: what is out between two steps is a sum and the gradient of a shard. */
+static void test_shards(void **state)
+{
+    (void)state;
+    mixed("f32", 1.5, 30, repeats(200));
 }
 
 /* ---- errors */
@@ -500,6 +508,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_f32),          cmocka_unit_test(test_bf16),
+        cmocka_unit_test(test_shards),
         cmocka_unit_test(test_cannot_write), cmocka_unit_test(test_cannot_read),
         cmocka_unit_test(test_never_fits),   cmocka_unit_test(test_folder),
     };

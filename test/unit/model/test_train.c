@@ -178,7 +178,6 @@ static void test_splitting(void **state)
     }
 }
 
-/* bf16 stays near float32: the same model, adapter and data. */
 /* Thirteen tenants whose data go through in random steps, one op given up half way: each has the
  * outputs, loss and gradient that it has alone. */
 static void in_steps(struct tb_backend *be, const struct shape *s)
@@ -244,6 +243,7 @@ static void test_in_steps(void **state)
     }
 }
 
+/* bf16 stays near float32: the same model, adapter and data. */
 static void test_bf16_near_f32(void **state)
 {
     (void)state;
@@ -282,6 +282,173 @@ static void test_bf16_near_f32(void **state)
             tb_model_free(m[i]);
         }
     }
+}
+
+/* ---- shards */
+
+static const struct tb_model_options in_shards = {.shard_tokens = 30}; /* three of batch_op's */
+
+static void run_share(struct tb_model *m, struct tb_training *t)
+{
+    struct tb_train_part part = {t, 1};
+    struct tb_error err;
+    while (!tb_training_done(t) && !tb_training_waits(t))
+        assert_int_equal(tb_model_train(m, &part, 1, &err), 0);
+}
+
+/* Shards computed by three devices, in any order of time, some of them at home after all: the bits
+ * of one device. */
+static void shares(const char *dtype, const struct shape *s, bool backward, bool ratio,
+                   bool no_memory)
+{
+    struct tb_backend *be[3] = {new_backend(dtype), new_backend(dtype), new_backend(dtype)};
+    struct tb_model *m[3];
+    struct tb_adapter *a[3], *alone;
+    struct tb_training *t, *share[3] = {NULL};
+    struct tb_error err = {0};
+    for (int i = 0; i < 3; i++) {
+        m[i] = open_model(be[i], s, &in_shards);
+        a[i] = random_adapter(m[i], 4, 1, 0.1f);
+    }
+    alone = random_adapter(m[0], 4, 1, 0.1f);
+    struct tb_op *want = batch_op(s, 1, backward, ratio), *op = batch_op(s, 1, backward, ratio);
+    run_train(m[0], alone, want);
+
+    assert_int_equal(tb_training_create(&t, a[0], op, NULL), 0);
+    assert_int_equal(tb_training_n_shards(t), 3);
+    assert_int_equal(tb_training_shard_end(t, 0), 1);
+    assert_int_equal(tb_training_shard_end(t, 1), 3);
+    assert_int_equal(tb_training_shard_end(t, 2), 4);
+    tb_training_compute_to(t, 1);
+    assert_false(tb_training_waits(t));
+    for (int i = 2; i > 0; i--) {
+        tb_training_share(&share[i], t, a[i]->cur, i, i + 1);
+        bool fails = i == 1 && no_memory;
+        if (fails) fail_device_alloc(be[i], 1);
+        run_share(m[i], share[i]);
+        if (fails) fail_device_alloc(be[i], 0);
+    }
+    struct tb_train_part home = {t, 4};
+    assert_int_equal(tb_model_train(m[0], &home, 1, &err), 0);
+    assert_true(tb_training_waits(t));
+    assert_false(a[0]->has_grad);
+    if (no_memory) {
+        assert_int_equal(tb_training_error(share[1])->code, TB_ENOMEM);
+        assert_int_equal(tb_training_collect(t, share[1], &err), TB_ENOMEM);
+        tb_training_compute_to(t, 2);
+        assert_false(tb_training_waits(t));
+        assert_int_equal(tb_model_train(m[0], &home, 1, &err), 0);
+        assert_true(tb_training_waits(t));
+    } else {
+        assert_int_equal(tb_training_collect(t, share[1], &err), 0);
+    }
+    assert_false(tb_training_done(t));
+    assert_int_equal(tb_training_collect(t, share[2], &err), 0);
+    assert_true(tb_training_done(t));
+    assert_int_equal(op->error.code, 0);
+    same_outputs(want, op);
+    double x = metric(want, "loss:sum"), y = metric(op, "loss:sum");
+    assert_memory_equal(&x, &y, sizeof(x));
+    assert_int_equal(a[0]->has_grad, backward);
+    if (backward) same_grads(alone, a[0]);
+
+    tb_training_destroy(t);
+    tb_op_destroy(want);
+    tb_op_destroy(op);
+    tb_adapter_free(alone);
+    for (int i = 0; i < 3; i++) {
+        tb_training_destroy(share[i]);
+        tb_adapter_free(a[i]);
+        tb_model_free(m[i]);
+        be[i]->ops->destroy(be[i]);
+    }
+}
+
+static void test_shares(void **state)
+{
+    (void)state;
+    for (size_t k = 0; k < N_SHAPES; k++) {
+        const char *dtype = k % 2 && backend_bf16() ? "bf16" : "f32";
+        shares(dtype, &shapes[k], true, false, false);
+        shares(dtype, &shapes[k], true, true, true);
+        shares(dtype, &shapes[k], false, k == 0, k == 1);
+    }
+}
+
+/* A number that is not finite in a share's data fails the op as it would on one device. */
+static void test_share_fails_the_op(void **state)
+{
+    (void)state;
+    struct tb_model *m = open_model(backend_f32(), &shapes[0], &in_shards);
+    struct tb_adapter *a = random_adapter(m, 4, 1, 0.1f);
+    struct tb_op *alone = batch_op(&shapes[0], 1, true, true),
+                 *op = batch_op(&shapes[0], 1, true, true);
+    struct tb_op *both[2] = {alone, op};
+    for (int i = 0; i < 2; i++) {
+        struct tb_datum *d = &both[i]->u.forward_backward.data[2];
+        float *q = tb_arena_calloc(&both[i]->arena, 33, sizeof(*q));
+        q[7] = -3e38f;
+        both[i]->u.forward_backward.loss_fn = "importance_sampling";
+        for (int j = 0; j < d->n_inputs; j++)
+            if (!strcmp(d->inputs[j].name, "logprobs")) d->inputs[j].data.f32 = q;
+    }
+    run_ops(m, &a, &alone, 1);
+    assert_int_equal(alone->error.code, TB_ENONFINITE);
+    struct tb_training *t, *share;
+    struct tb_error err;
+    assert_int_equal(tb_training_create(&t, a, op, NULL), 0);
+    tb_training_compute_to(t, 1);
+    tb_training_share(&share, t, a->cur, 1, 3);
+    run_share(m, share);
+    assert_int_equal(op->error.code, 0);
+    run_share(m, t);
+    assert_true(tb_training_waits(t));
+    assert_int_equal(tb_training_collect(t, share, &err), 0);
+    assert_true(tb_training_done(t));
+    assert_int_equal(op->error.code, TB_ENONFINITE);
+    assert_string_equal(op->error.msg, alone->error.msg);
+    assert_int_equal(op->result.n_outputs, 0);
+    assert_false(a->has_grad);
+    tb_training_destroy(share);
+    tb_training_destroy(t);
+    tb_op_destroy(alone);
+    tb_op_destroy(op);
+    tb_adapter_free(a);
+    tb_model_free(m);
+}
+
+/* Shards differ from one long sum by rounding only, and never where the op has one. */
+static void test_shards_near_one_sum(void **state)
+{
+    (void)state;
+    const struct tb_model_options one = {.shard_tokens = 1000};
+    const struct tb_model_options *o[3] = {NULL, &in_shards, &one};
+    float *g[3];
+    int64_t n = 0;
+    for (int i = 0; i < 3; i++) {
+        struct tb_model *m = open_model(backend_f32(), &shapes[0], o[i]);
+        struct tb_adapter *a = random_adapter(m, 4, 1, 0.1f);
+        struct tb_op *op = batch_op(&shapes[0], 1, true, false);
+        m->shard_tokens = i ? o[i]->shard_tokens : 0;
+        run_train(m, a, op);
+        g[i] = grad_of(a);
+        n = a->layout->n_floats;
+        tb_op_destroy(op);
+        tb_adapter_free(a);
+        tb_model_free(m);
+    }
+    double most = 0, worst = 0;
+    int64_t differ = 0;
+    for (int64_t i = 0; i < n; i++) {
+        most = fmax(most, fabs((double)g[0][i]));
+        worst = fmax(worst, fabs((double)g[0][i] - (double)g[1][i]));
+        differ += g[0][i] < g[1][i] || g[0][i] > g[1][i];
+    }
+    assert_memory_equal(g[0], g[2], (size_t)n * 4);
+    assert_true(differ > 0);
+    assert_true(worst < 1e-6 * most);
+    for (int i = 0; i < 3; i++)
+        tb_free(g[i]);
 }
 
 /* ---- failures */
@@ -545,6 +712,9 @@ int main(void)
         cmocka_unit_test(test_splitting),
         cmocka_unit_test(test_in_steps),
         cmocka_unit_test(test_bf16_near_f32),
+        cmocka_unit_test(test_shares),
+        cmocka_unit_test(test_share_fails_the_op),
+        cmocka_unit_test(test_shards_near_one_sum),
         cmocka_unit_test(test_failed_op_leaves_no_trace),
         cmocka_unit_test(test_out_of_memory),
         cmocka_unit_test(test_validation),
