@@ -5,12 +5,13 @@
  * columns, so a row-major matrix is its own transpose there: y^T = W x^T, with x^T, y^T of T
  * columns, and dx^T = W^T dy^T.
  *
- * A plan is the algorithm for one shape of weight and one direction, chosen when the first such
- * weight is made and used for every T, as another algorithm would sum in another order: a row's
- * bits must not depend on the rows beside it. The library promises no such thing, so each candidate
- * is tried on this device: rows are multiplied alone, among a few and among hundreds, and must come
- * out the same bit for bit. Candidates that split K are not asked for. The first in the library's
- * order that passes is taken; nothing is timed, so the choice is the same at every start.
+ * A plan is the algorithms for one shape of weight and one direction, chosen when the first such
+ * weight is made: one for few rows, one for some and one for many, as none is fast for all. A row's
+ * bits must not depend on the rows beside it, and the library promises no such thing, so each
+ * candidate is tried on this device: rows are multiplied alone, among a few and among as many as
+ * fill the device, and must come out the same bit for bit, whichever of the three algorithms has
+ * them. Candidates that split K are not asked for. The first in the library's order that passes is
+ * taken; nothing is timed, so the choice is the same at every start.
  *
  * Owner: struct tb_cuda owns the plans; a weight borrows its two. Thread: the backend's.
  */
@@ -22,20 +23,25 @@
 #include "util/log.h"
 
 #define WORKSPACE    ((size_t)32 << 20)
-#define MIDDLE_ROWS  128   /* T that the library's candidates are for */
 #define MAX_ROWS     16384 /* of one call of the library, a power of two */
-#define N_CANDIDATES 64
+#define N_CANDIDATES 32
 #define CONVERT      ((size_t)1 << 18) /* elements of a weight converted at once */
 #define COMPARE      ((size_t)1 << 20) /* bytes compared at once */
+
+enum size { FEW, SOME, MANY, N_SIZES };
+static const struct {
+    int least, typical, most; /* the library's candidates are for the typical one */
+} sizes[N_SIZES] = {{1, 16, 32}, {33, 128, 256}, {257, 2048, MAX_ROWS}};
 
 struct plan {
     struct plan *next;
     bool backward;
     int n_in, n_out;
-    size_t align;               /* of the rows of the result, in bytes: 4 to 16 */
+    int ld;                     /* of the rows of the result that it was made for, and what */
+    size_t align;               /* that is aligned to, in bytes: 4 to 16 */
     cublasLtMatmulDesc_t op[2]; /* without and with a bias */
     cublasLtMatrixLayout_t w, x, y;
-    cublasLtMatmulAlgo_t algo;
+    cublasLtMatmulAlgo_t algo[N_SIZES];
 };
 
 struct tb_cuda_plans {
@@ -110,7 +116,7 @@ static cublasStatus_t set_rows(const struct plan *p, int rows, int ld)
     return s;
 }
 
-static cublasStatus_t describe_plan(const struct tb_cuda *c, struct plan *p, int ld)
+static cublasStatus_t describe_plan(const struct tb_cuda *c, struct plan *p)
 {
     uint64_t in = (uint64_t)width_in(p), out = (uint64_t)width_out(p);
     cublasStatus_t s = make_op(&p->op[0], p->backward, false);
@@ -120,8 +126,8 @@ static cublasStatus_t describe_plan(const struct tb_cuda *c, struct plan *p, int
     if (!s)
         s = cublasLtMatrixLayoutCreate(&p->w, act_type(c), (uint64_t)p->n_in, (uint64_t)p->n_out,
                                        p->n_in);
-    if (!s) s = cublasLtMatrixLayoutCreate(&p->x, act_type(c), in, MIDDLE_ROWS, (int64_t)in);
-    if (!s) s = cublasLtMatrixLayoutCreate(&p->y, CUDA_R_32F, out, MIDDLE_ROWS, ld);
+    if (!s) s = cublasLtMatrixLayoutCreate(&p->x, act_type(c), in, 1, (int64_t)in);
+    if (!s) s = cublasLtMatrixLayoutCreate(&p->y, CUDA_R_32F, out, 1, p->ld);
     return s;
 }
 
@@ -135,8 +141,8 @@ static void plan_free(struct plan *p)
     tb_free(p);
 }
 
-/* The library's candidates, best first. */
-static cublasStatus_t list_candidates(const struct tb_cuda *c, const struct plan *p,
+/* The library's candidates for that many rows, best first. */
+static cublasStatus_t list_candidates(const struct tb_cuda *c, const struct plan *p, enum size size,
                                       cublasLtMatmulHeuristicResult_t *out, int *n)
 {
     const struct tb_cuda_plans *all = c->plans;
@@ -156,15 +162,25 @@ static cublasStatus_t list_candidates(const struct tb_cuda *c, const struct plan
         {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &align_y, sizeof(align_y)},
     };
     cublasLtMatmulPreference_t pref;
+    *n = 0;
     cublasStatus_t s = cublasLtMatmulPreferenceCreate(&pref);
     if (s) return s;
     for (size_t i = 0; i < TB_ARRAY_LEN(set) && !s; i++)
         s = cublasLtMatmulPreferenceSetAttribute(pref, set[i].which, set[i].value, set[i].size);
+    if (!s) s = set_rows(p, sizes[size].typical, p->ld);
     if (!s)
         s = cublasLtMatmulAlgoGetHeuristic(all->lt, p->op[0], p->w, p->x, p->y, p->y, pref,
                                            N_CANDIDATES, out, n);
     (void)cublasLtMatmulPreferenceDestroy(pref);
     return s;
+}
+
+static enum size size_of(int rows)
+{
+    int i = FEW;
+    while (rows > sizes[i].most)
+        i++;
+    return (enum size)i;
 }
 
 static cublasStatus_t multiply(struct tb_cuda *c, const struct plan *p, const void *w,
@@ -182,19 +198,20 @@ static cublasStatus_t multiply(struct tb_cuda *c, const struct plan *p, const vo
         if (!s)
             s = cublasLtMatmul(all->lt, p->op[bias != NULL], &one, w, p->w,
                                (const char *)x + (size_t)t * row, p->x, &beta, to, p->y, to, p->y,
-                               &p->algo, all->workspace, WORKSPACE, c->stream);
+                               &p->algo[size_of(n)], all->workspace, WORKSPACE, c->stream);
     }
     return s;
 }
 
-/* ---- which candidate: the first whose rows are the same in every batch */
+/* ---- which candidates: the first whose rows are the same in every batch */
 
-static const int batches[] = {300, 64, 7, 1}; /* rows; the first has the others' among its own */
+#define REFERENCE 200 /* rows, which are multiplied once among themselves */
+#define SHIFT     37  /* a batch begins with this one: rows lie elsewhere than in the reference */
 
 struct trial {
-    int rows; /* of the largest batch that there is memory for */
+    int n_ref, most; /* rows of the reference and of the largest batch that there is memory for */
     size_t x_bytes, y_bytes;
-    void *x;
+    char *x; /* the reference's rows, again and again */
     float *y, *again;
     char *a, *b; /* host, COMPARE bytes each */
 };
@@ -219,105 +236,143 @@ static void *random_rows(enum tb_dtype act, size_t n)
     return p;
 }
 
+/* The largest batch is cut into more tiles than there are multiprocessors. */
 static int trial_init(struct tb_cuda *c, const struct plan *p, struct trial *t,
                       struct tb_error *err)
 {
-    size_t in = (size_t)width_in(p), out = (size_t)width_out(p), e = tb_dtype_size(c->be.act);
+    size_t row = (size_t)width_in(p) * tb_dtype_size(c->be.act), out = (size_t)width_out(p);
     *t = (struct trial){0};
-    for (size_t i = 0; i + 1 < TB_ARRAY_LEN(batches) && !t->y; i++) {
+    for (t->most = TB_MAX(16 * c->n_sm, sizes[MANY].least); t->most; t->most /= 2) {
         trial_free(c, t);
-        t->rows = batches[i];
-        t->x_bytes = (size_t)t->rows * in * e;
-        t->y_bytes = (size_t)(t->rows + batches[i + 1]) * out * sizeof(float);
+        t->n_ref = TB_MIN(t->most, REFERENCE);
+        t->x_bytes = (size_t)(SHIFT + t->most) * row;
+        t->y_bytes = (size_t)(t->n_ref + t->most) * out * sizeof(float);
         t->x = tb_cuda_pool_take(c->pool, t->x_bytes);
         t->y = t->x ? tb_cuda_pool_take(c->pool, t->y_bytes) : NULL;
+        if (t->y) break;
     }
     t->a = tb_malloc(COMPARE);
     t->b = tb_malloc(COMPARE);
-    void *host = random_rows(c->be.act, (size_t)t->rows * in);
+    char *host = random_rows(c->be.act, (size_t)t->n_ref * (size_t)width_in(p));
     if (!t->y || !host) {
         tb_free(host);
         trial_free(c, t);
         return tb_error_set(err, TB_ENOMEM, "no memory to try the products of a weight [%d, %d]",
                             p->n_out, p->n_in);
     }
-    t->again = t->y + (size_t)t->rows * out;
-    c->ops.upload(&c->be, t->x, host, t->x_bytes);
+    t->again = t->y + (size_t)t->n_ref * out;
+    for (size_t at = 0, n; at < t->x_bytes; at += n) {
+        n = TB_MIN((size_t)t->n_ref * row, t->x_bytes - at);
+        c->ops.upload(&c->be, t->x + at, host, n);
+    }
     tb_free(host);
     return 0;
 }
 
-/* Can the plan's algorithm do any number of rows? */
-static bool takes(const struct tb_cuda *c, const struct plan *p, int ld)
+/* Can the algorithm do any number of rows of that size? */
+static bool takes(const struct tb_cuda *c, const struct plan *p, enum size size)
 {
     cublasLtMatmulHeuristicResult_t r;
-    for (int rows = 1; rows <= MAX_ROWS; rows *= 2)
+    for (int rows = sizes[size].least; rows <= sizes[size].most; rows *= 2)
         for (int bias = 0; bias <= !p->backward; bias++)
-            if (set_rows(p, rows, ld) ||
-                cublasLtMatmulAlgoCheck(c->plans->lt, p->op[bias], p->w, p->x, p->y, p->y, &p->algo,
-                                        &r) ||
+            if (set_rows(p, rows, p->ld) ||
+                cublasLtMatmulAlgoCheck(c->plans->lt, p->op[bias], p->w, p->x, p->y, p->y,
+                                        &p->algo[size], &r) ||
                 r.workspaceSize > WORKSPACE)
                 return false;
     return true;
 }
 
-static bool same_bytes(struct tb_cuda *c, const struct trial *t, const char *x, const char *y,
+static bool same_bytes(struct tb_cuda *c, const struct trial *t, const void *x, const void *y,
                        size_t bytes)
 {
     for (size_t at = 0, n; at < bytes; at += n) {
         n = TB_MIN(COMPARE, bytes - at);
-        tb_cuda_fetch(c, t->a, x + at, n);
-        tb_cuda_fetch(c, t->b, y + at, n);
+        tb_cuda_fetch(c, t->a, (const char *)x + at, n);
+        tb_cuda_fetch(c, t->b, (const char *)y + at, n);
         if (memcmp(t->a, t->b, n) != 0) return false;
     }
     return true;
 }
 
-static bool rows_agree(struct tb_cuda *c, const struct plan *p, const struct trial *t,
-                       const void *w)
+/* Are the rows of a batch those of the reference? */
+static bool batch_agrees(struct tb_cuda *c, const struct plan *p, const struct trial *t,
+                         const void *w, int rows)
 {
     size_t in = (size_t)width_in(p), out = (size_t)width_out(p), e = tb_dtype_size(c->be.act);
-    if (!takes(c, p, (int)out)) return false;
-    if (multiply(c, p, w, t->x, t->rows, NULL, t->y, (int)out, false)) return false;
-    for (size_t i = 0; i < TB_ARRAY_LEN(batches); i++) {
-        int n = batches[i], from = (t->rows - n) / 2;
-        if (n >= t->rows) continue;
-        const char *x = (const char *)t->x + (size_t)from * in * e;
-        if (multiply(c, p, w, x, n, NULL, t->again, (int)out, false)) return false;
-        if (!same_bytes(c, t, (const char *)(t->y + (size_t)from * out), (const char *)t->again,
+    if (multiply(c, p, w, t->x + SHIFT * in * e, rows, NULL, t->again, (int)out, false))
+        return false;
+    for (int i = 0, n; i < rows; i += n) {
+        int ref = (SHIFT + i) % t->n_ref;
+        n = TB_MIN(rows - i, t->n_ref - ref);
+        if (!same_bytes(c, t, t->y + (size_t)ref * out, t->again + (size_t)i * out,
                         (size_t)n * out * sizeof(float)))
             return false;
     }
     return true;
 }
 
-static void log_choice(const struct tb_cuda *c, const struct plan *p, int i, int n)
+static bool rows_agree(struct tb_cuda *c, const struct plan *p, const struct trial *t,
+                       const void *w, enum size size)
+{
+    const int batches[] = {1, 7, 64, t->most};
+    if (!takes(c, p, size)) return false;
+    for (size_t i = 0; i < TB_ARRAY_LEN(batches); i++)
+        if (size_of(batches[i]) == size && batches[i] <= t->most &&
+            !batch_agrees(c, p, t, w, batches[i]))
+            return false;
+    return true;
+}
+
+static void log_choice(const struct tb_cuda *c, const struct plan *p, enum size size)
 {
     int32_t id = -1;
     uint32_t tile = 0;
-    (void)cublasLtMatmulAlgoConfigGetAttribute(&p->algo, CUBLASLT_ALGO_CONFIG_ID, &id, sizeof(id),
+    const cublasLtMatmulAlgo_t *algo = &p->algo[size];
+    (void)cublasLtMatmulAlgoConfigGetAttribute(algo, CUBLASLT_ALGO_CONFIG_ID, &id, sizeof(id),
                                                NULL);
-    (void)cublasLtMatmulAlgoConfigGetAttribute(&p->algo, CUBLASLT_ALGO_CONFIG_TILE_ID, &tile,
+    (void)cublasLtMatmulAlgoConfigGetAttribute(algo, CUBLASLT_ALGO_CONFIG_TILE_ID, &tile,
                                                sizeof(tile), NULL);
-    tb_log(TB_LOG_DEBUG, "cuda", "device %d: %s of [%d, %d]: algorithm %d, tile %u, %d of %d",
-           c->device, p->backward ? "backward product" : "product", p->n_out, p->n_in, (int)id,
-           (unsigned)tile, i + 1, n);
+    tb_log(TB_LOG_DEBUG, "cuda", "device %d: %s of [%d, %d], up to %d rows: algorithm %d, tile %u",
+           c->device, p->backward ? "backward product" : "product", p->n_out, p->n_in,
+           sizes[size].most, (int)id, (unsigned)tile);
+}
+
+/* For rows of that size the first candidate that has the reference's bits, or else the one that
+ * made it. */
+static bool choose_for(struct tb_cuda *c, struct plan *p, const struct trial *t, const void *w,
+                       enum size size)
+{
+    cublasLtMatmulHeuristicResult_t found[N_CANDIDATES];
+    int n = 0;
+    if (t->most < sizes[size].least || list_candidates(c, p, size, found, &n)) n = 0;
+    for (int i = 0; i <= n && !c->lost.code; i++) {
+        if (i < n && found[i].state) continue;
+        p->algo[size] = i < n ? found[i].algo : p->algo[SOME];
+        if (rows_agree(c, p, t, w, size)) return true;
+    }
+    return false;
 }
 
 static int choose(struct tb_cuda *c, struct plan *p, const void *w, struct tb_error *err)
 {
     cublasLtMatmulHeuristicResult_t found[N_CANDIDATES];
     struct trial t;
-    int n = 0;
-    cublasStatus_t s = list_candidates(c, p, found, &n);
+    int n;
+    cublasStatus_t s = list_candidates(c, p, SOME, found, &n);
     int rc = trial_init(c, p, &t, err);
     if (rc) return rc;
     bool good = false;
     for (int i = 0; i < n && !s && !good && !c->lost.code; i++) {
-        p->algo = found[i].algo;
-        good = !found[i].state && rows_agree(c, p, &t, w);
-        if (good) log_choice(c, p, i, n);
+        for (int size = 0; size < N_SIZES; size++)
+            p->algo[size] = found[i].algo;
+        good = !found[i].state &&
+               !multiply(c, p, w, t.x, t.n_ref, NULL, t.y, width_out(p), false) &&
+               rows_agree(c, p, &t, w, SOME) && choose_for(c, p, &t, w, FEW) &&
+               choose_for(c, p, &t, w, MANY);
     }
+    for (int size = 0; size < N_SIZES && good; size++)
+        log_choice(c, p, (enum size)size);
     rc = c->ops.sync(&c->be, err);
     trial_free(c, &t);
     if (rc || good) return rc;
@@ -342,8 +397,9 @@ static int plan_get(struct tb_cuda *c, const struct tb_weight *w, bool backward,
         }
     }
     struct plan *p = tb_calloc(1, sizeof(*p));
-    *p = (struct plan){.backward = backward, .n_in = w->n_in, .n_out = w->n_out, .align = align};
-    cublasStatus_t s = describe_plan(c, p, ld);
+    *p = (struct plan){
+        .backward = backward, .n_in = w->n_in, .n_out = w->n_out, .ld = ld, .align = align};
+    cublasStatus_t s = describe_plan(c, p);
     int rc = s ? tb_error_set(err, TB_EDEVICE, "CUDA device %d (%s): cuBLASLt: %s", c->device,
                               c->name, cublasLtGetStatusString(s))
                : choose(c, p, w->data, err);
