@@ -187,6 +187,52 @@ void tb_version_unref(struct tb_adapter_version *v)
     tb_free(v);
 }
 
+/* ---- loans */
+
+int tb_version_lend(struct tb_adapter_version *v, struct tb_loan *out, struct tb_error *err)
+{
+    int rc = tb_version_hold(v, err);
+    if (rc) return rc;
+    rc = v->m->be->ops->sync(v->m->be, err);
+    if (rc) {
+        tb_version_release(v);
+        return rc;
+    }
+    tb_version_ref(v);
+    *out = (struct tb_loan){v, v->m->be, v->act, tb_version_bytes(v), v->layout->config};
+    return 0;
+}
+
+void tb_loan_return(struct tb_loan *loan)
+{
+    tb_version_release(loan->version);
+    tb_version_unref(loan->version);
+}
+
+int tb_version_borrow(struct tb_adapter_version **out, struct tb_model *m,
+                      const struct tb_loan *loan, struct tb_error *err)
+{
+    struct tb_backend *be = m->be;
+    struct tb_lora_layout *layout;
+    struct tb_adapter_version *v;
+    int rc = layout_create(&layout, m, &loan->lora, err);
+    if (rc) return rc;
+    rc = version_create(&v, m, layout, err);
+    layout_unref(layout);
+    if (rc) return rc;
+    v->is_cur = false;
+    rc = be->ops->copy_from(be, v->act, loan->be, loan->act, loan->bytes, err);
+    if (!rc) rc = be->ops->sync(be, err);
+    tb_version_release(v);
+    if (rc)
+        tb_version_unref(v);
+    else
+        *out = v;
+    return rc;
+}
+
+/* ---- an adapter's version */
+
 /* The held version becomes one of those that others have, or goes. */
 static void drop_cur(struct tb_adapter *a)
 {

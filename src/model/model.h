@@ -105,6 +105,21 @@ int tb_version_create_from(struct tb_adapter_version **out, struct tb_model *m,
 void tb_version_ref(struct tb_adapter_version *v);
 void tb_version_unref(struct tb_adapter_version *v); /* accepts NULL */
 
+/* A version's weights, lent to a model on another device of the same kind. lend: on the version's
+ * thread; it keeps the version, in memory and unchanged, until the loan is returned there. borrow:
+ * on the other model's thread, meanwhile; makes a version of its own with the same bits. */
+struct tb_loan {
+    struct tb_adapter_version *version;
+    struct tb_backend *be;
+    const void *act;
+    size_t bytes;
+    struct tb_lora_config lora;
+};
+int tb_version_lend(struct tb_adapter_version *v, struct tb_loan *out, struct tb_error *err);
+int tb_version_borrow(struct tb_adapter_version **out, struct tb_model *m,
+                      const struct tb_loan *loan, struct tb_error *err);
+void tb_loan_return(struct tb_loan *loan);
+
 /* ---- training. A forward or forward_backward op goes through in any number of calls, its data in
  * order; calls mix data of any ops and adapters. How it is split changes no bit. Its gradient is
  * its own until all data are through; then it is added to the adapter's. The adapter's parameters

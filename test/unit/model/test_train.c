@@ -303,18 +303,21 @@ static void shares(const char *dtype, const struct shape *s, bool backward, bool
 {
     struct tb_backend *be[3] = {new_backend(dtype), new_backend(dtype), new_backend(dtype)};
     struct tb_model *m[3];
-    struct tb_adapter *a[3], *alone;
     struct tb_training *t, *share[3] = {NULL};
+    struct tb_adapter_version *ver;
+    struct tb_loan loan;
     struct tb_error err = {0};
-    for (int i = 0; i < 3; i++) {
+    for (int i = 0; i < 3; i++)
         m[i] = open_model(be[i], s, &in_shards);
-        a[i] = random_adapter(m[i], 4, 1, 0.1f);
-    }
-    alone = random_adapter(m[0], 4, 1, 0.1f);
+    struct tb_adapter *a = random_adapter(m[0], 4, 1, 0.1f);
+    struct tb_adapter *alone = random_adapter(m[0], 4, 1, 0.1f);
+    CHECK_OK(tb_adapter_publish(a, &ver, &check_err));
+    CHECK_OK(tb_version_lend(ver, &loan, &check_err));
+    tb_version_unref(ver);
     struct tb_op *want = batch_op(s, 1, backward, ratio), *op = batch_op(s, 1, backward, ratio);
     run_train(m[0], alone, want);
 
-    assert_int_equal(tb_training_create(&t, a[0], op, NULL), 0);
+    assert_int_equal(tb_training_create(&t, a, op, NULL), 0);
     assert_int_equal(tb_training_n_shards(t), 3);
     assert_int_equal(tb_training_shard_end(t, 0), 1);
     assert_int_equal(tb_training_shard_end(t, 1), 3);
@@ -322,7 +325,9 @@ static void shares(const char *dtype, const struct shape *s, bool backward, bool
     tb_training_compute_to(t, 1);
     assert_false(tb_training_waits(t));
     for (int i = 2; i > 0; i--) {
-        tb_training_share(&share[i], t, a[i]->cur, i, i + 1);
+        CHECK_OK(tb_version_borrow(&ver, m[i], &loan, &check_err));
+        tb_training_share(&share[i], t, ver, i, i + 1);
+        tb_version_unref(ver);
         bool fails = i == 1 && no_memory;
         if (fails) fail_device_alloc(be[i], 1);
         run_share(m[i], share[i]);
@@ -331,7 +336,7 @@ static void shares(const char *dtype, const struct shape *s, bool backward, bool
     struct tb_train_part home = {t, 4};
     assert_int_equal(tb_model_train(m[0], &home, 1, &err), 0);
     assert_true(tb_training_waits(t));
-    assert_false(a[0]->has_grad);
+    assert_false(a->has_grad);
     if (no_memory) {
         assert_int_equal(tb_training_error(share[1])->code, TB_ENOMEM);
         assert_int_equal(tb_training_collect(t, share[1], &err), TB_ENOMEM);
@@ -349,16 +354,17 @@ static void shares(const char *dtype, const struct shape *s, bool backward, bool
     same_outputs(want, op);
     double x = metric(want, "loss:sum"), y = metric(op, "loss:sum");
     assert_memory_equal(&x, &y, sizeof(x));
-    assert_int_equal(a[0]->has_grad, backward);
-    if (backward) same_grads(alone, a[0]);
+    assert_int_equal(a->has_grad, backward);
+    if (backward) same_grads(alone, a);
 
+    tb_loan_return(&loan);
     tb_training_destroy(t);
     tb_op_destroy(want);
     tb_op_destroy(op);
     tb_adapter_free(alone);
+    tb_adapter_free(a);
     for (int i = 0; i < 3; i++) {
         tb_training_destroy(share[i]);
-        tb_adapter_free(a[i]);
         tb_model_free(m[i]);
         be[i]->ops->destroy(be[i]);
     }
