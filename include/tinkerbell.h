@@ -60,7 +60,9 @@ typedef struct tb_options {
     const char *data_dir; /* metadata and checkpoints; created when missing */
     const char *backend;  /* "auto", "cpu", "cuda" */
     const char *dtype;    /* "auto", "bf16", "f32" */
-    /* GPUs by CUDA's numbers; model i goes to the (i mod n_devices)-th. None: the first. */
+    /* GPUs by CUDA's numbers. Model i goes to the (i mod n_devices)-th; with more devices than
+     * models, to all whose place is i modulo n_models, which must be of one kind. None: the first.
+     */
     int devices[TB_MAX_DEVICES];
     int n_devices;
     /* "KEY" or "KEY=TENANT". A tenant (without a name: "default") sees only what is its own. */

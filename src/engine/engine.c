@@ -1,22 +1,21 @@
 /*
- * The engine's public side: loads the base models onto the devices, makes a lane for each, and
- * passes tasks to the lane of their model. Models go to the devices in turn. See engine.h and
- * lane.h.
+ * The engine's public side: loads the base models onto the devices and makes a lane for each. Which
+ * models a device has, and which lane a task goes to, is route.h's. See engine.h and lane.h.
  */
 #include "engine/engine.h"
 
 #include <stdio.h>
 #include <string.h>
 
-#include "engine/lane.h"
+#include "engine/route.h"
 #include "util/clock.h"
 #include "util/log.h"
 #include "util/mem.h"
 
 struct tb_engine {
     uv_loop_t *loop;
-    struct tb_lane **lanes; /* model i is on lane i % n_lanes */
-    int n_lanes, n_open;
+    struct route route;
+    int n_open;        /* lanes */
     char **tokenizers; /* [n_models], entries may be NULL */
     int n_models;
     char describe[512];
@@ -50,7 +49,7 @@ struct tb_error *tb_task_error(struct tb_task *t)
 struct device {
     struct tb_backend *be;
     struct tb_pager *pager;
-    struct tb_model **models; /* [n_models], NULL: on another device */
+    struct tb_model **models; /* [n_models], NULL: not on this device */
 };
 
 static int open_backend(struct tb_engine *e, struct device *d, int at,
@@ -76,6 +75,22 @@ static int open_backend(struct tb_engine *e, struct device *d, int at,
     return rc;
 }
 
+/* Numbers must not depend on which replica they come from. */
+static int check_kinds(const struct device *devices, int n, int stride,
+                       const struct tb_engine_options *o, struct tb_error *err)
+{
+    for (int i = stride; i < n; i++) {
+        int first = i % stride;
+        const char *a = devices[first].be->kind, *b = devices[i].be->kind;
+        if (strcmp(a, b) != 0)
+            return tb_error_set(err, TB_EINVAL,
+                                "--devices: GPU %d (%s) and GPU %d (%s) share a model, so they "
+                                "must be of one kind",
+                                o->devices[first], a, o->devices[i], b);
+    }
+    return 0;
+}
+
 static int load_model(struct tb_model **out, const struct device *d, int n_beside,
                       const struct tb_engine_model *m, const struct tb_engine_options *o,
                       struct tb_error *err)
@@ -96,6 +111,18 @@ static int load_model(struct tb_model **out, const struct device *d, int n_besid
     return 0;
 }
 
+/* Loads the models of the device-th of n devices. */
+static int load_models(struct device *d, int device, int stride, const struct tb_engine_options *o,
+                       struct tb_error *err)
+{
+    int n_beside = 0, rc = 0;
+    for (int i = device % stride; i < o->n_models; i += stride)
+        n_beside++;
+    for (int i = device % stride; i < o->n_models && !rc; i += stride)
+        rc = load_model(&d->models[i], d, n_beside, &o->models[i], o, err);
+    return rc;
+}
+
 static void close_device(struct device *d, int n_models)
 {
     for (int i = 0; d->models && i < n_models; i++)
@@ -110,7 +137,7 @@ static void engine_free(struct tb_engine *e)
     for (int i = 0; i < e->n_models; i++)
         tb_free(e->tokenizers[i]);
     tb_free(e->tokenizers);
-    tb_free(e->lanes);
+    route_fini(&e->route);
     tb_free(e);
 }
 
@@ -124,50 +151,57 @@ static void lane_closed(void *arg)
     if (cb) cb(cb_arg);
 }
 
+static void task_done(void *arg, struct tb_task *t)
+{
+    struct tb_engine *e = arg;
+    route_done(&e->route, t);
+    t->cb(t);
+}
+
+static void close_lanes(struct tb_engine *e)
+{
+    for (int i = 0, n = e->n_open; i < n; i++)
+        lane_close(e->route.lanes[i].lane, lane_closed, e);
+}
+
 int tb_engine_create(struct tb_engine **out, uv_loop_t *loop, const struct tb_engine_options *o,
                      struct tb_error *err)
 {
-    size_t n = (size_t)TB_MAX(o->n_devices, 1), n_models = (size_t)o->n_models;
-    struct device *devices = tb_calloc(n, sizeof(*devices));
+    int n = TB_MAX(o->n_devices, 1), n_models = o->n_models, rc = 0;
+    struct device *devices = tb_calloc((size_t)n, sizeof(*devices));
     struct tb_engine *e = tb_calloc(1, sizeof(*e));
-    int rc = 0;
+    struct route *r = &e->route;
 
     e->loop = loop;
-    e->n_models = o->n_models;
-    e->tokenizers = tb_calloc(TB_MAX(n_models, 1), sizeof(char *));
-    e->lanes = tb_calloc(n, sizeof(*e->lanes));
-    for (size_t i = 0; i < n && !rc; i++) {
-        devices[i].models = tb_calloc(TB_MAX(n_models, 1), sizeof(devices[i].models[0]));
-        rc = open_backend(e, &devices[i], (int)i, o, err);
+    e->n_models = n_models;
+    e->tokenizers = tb_calloc((size_t)TB_MAX(n_models, 1), sizeof(char *));
+    for (int i = 0; i < n_models; i++)
+        if (o->models[i].tokenizer) e->tokenizers[i] = tb_strdup(o->models[i].tokenizer);
+    route_init(r, n_models, n);
+    for (int i = 0; i < n && !rc; i++) {
+        devices[i].models = tb_calloc((size_t)TB_MAX(n_models, 1), sizeof(struct tb_model *));
+        rc = open_backend(e, &devices[i], i, o, err);
     }
-    if (n > TB_MAX(n_models, 1))
-        tb_log(TB_LOG_WARN, "engine", "%zu devices for %zu models: the last %zu have nothing to do",
-               n, n_models, n - n_models);
-    for (size_t i = 0; i < n_models && !rc; i++) {
-        const struct tb_engine_model *m = &o->models[i];
-        struct device *d = &devices[i % n];
-        int n_beside = (int)((n_models - i % n + n - 1) / n); /* models on it */
-        rc = load_model(&d->models[i], d, n_beside, m, o, err);
-        if (!rc && m->tokenizer) e->tokenizers[i] = tb_strdup(m->tokenizer);
-    }
-    for (size_t i = 0; i < n && !rc; i++) {
+    if (!rc) rc = check_kinds(devices, n, r->stride, o, err);
+    for (int i = 0; i < n && !rc; i++)
+        rc = load_models(&devices[i], i, r->stride, o, err);
+    for (int i = 0; i < n && !rc; i++) {
         struct device *d = &devices[i];
-        rc = lane_create(&e->lanes[i], loop, d->be, d->pager, d->models, o->n_models, err);
+        rc = lane_create(&r->lanes[i].lane, loop, d->be, d->pager, d->models, n_models, task_done,
+                         e, err);
         if (rc) break;
         *d = (struct device){0};
-        e->n_lanes = e->n_open = (int)i + 1;
+        e->n_open = i + 1;
     }
-    for (size_t i = 0; i < n; i++)
-        close_device(&devices[i], o->n_models);
+    for (int i = 0; i < n; i++)
+        close_device(&devices[i], n_models);
     tb_free(devices);
-    if (!rc) {
+    if (!rc)
         *out = e;
-    } else if (e->n_open) { /* the lanes that there are close in the loop's next turns */
-        for (int i = 0; i < e->n_lanes; i++)
-            lane_close(e->lanes[i], lane_closed, e);
-    } else {
+    else if (e->n_open) /* the lanes that there are close in the loop's next turns */
+        close_lanes(e);
+    else
         engine_free(e);
-    }
     return rc;
 }
 
@@ -175,13 +209,7 @@ void tb_engine_close(struct tb_engine *e, void (*cb)(void *arg), void *arg)
 {
     e->closed_cb = cb;
     e->closed_arg = arg;
-    for (int i = 0; i < e->n_lanes; i++)
-        lane_close(e->lanes[i], lane_closed, e);
-}
-
-static struct tb_lane *lane_of(const struct tb_engine *e, int model)
-{
-    return e->lanes[model % e->n_lanes];
+    close_lanes(e);
 }
 
 /* ---- facts */
@@ -193,7 +221,7 @@ int tb_engine_n_models(const struct tb_engine *e)
 
 const struct tb_model_info *tb_engine_model_info(const struct tb_engine *e, int model)
 {
-    return tb_model_info(lane_of(e, model)->models[model]);
+    return tb_model_info(route_first(&e->route, model)->lane->models[model]);
 }
 
 const char *tb_engine_model_tokenizer(const struct tb_engine *e, int model)
@@ -223,10 +251,11 @@ static void copy_done(struct tb_task *t)
 /* A session's losses are for models on all lanes; each lane keeps its own. */
 static void tell_other_lanes(struct tb_engine *e, const struct tb_task *task)
 {
-    for (int i = 0; i < TB_MIN(e->n_lanes, e->n_models); i++) { /* model i is on lane i */
-        if (e->lanes[i] == lane_of(e, task->model)) continue;
+    const struct route *r = &e->route;
+    for (int i = 0; i < r->n_lanes; i++) {
+        if (&r->lanes[i] == route_first(r, task->model)) continue;
         struct tb_task *t = tb_task_create(task->type);
-        t->model = i;
+        t->model = i % r->stride; /* one that is there */
         t->loss_id = task->loss_id;
         t->cb = copy_done;
         if (task->op) {
@@ -236,7 +265,7 @@ static void tell_other_lanes(struct tb_engine *e, const struct tb_task *task)
             t->op->u.create_custom_loss.text =
                 tb_arena_strndup(&t->op->arena, from->text, from->n_text);
         }
-        lane_submit(e->lanes[i], t);
+        lane_submit(r->lanes[i].lane, t);
     }
 }
 
@@ -244,7 +273,7 @@ void tb_engine_submit(struct tb_engine *e, struct tb_task *task)
 {
     if (task->type == TB_TASK_LOSS_CREATE || task->type == TB_TASK_LOSS_FREE)
         tell_other_lanes(e, task);
-    lane_submit(task->model >= 0 ? lane_of(e, task->model) : e->lanes[0], task);
+    route_submit(&e->route, task);
 }
 
 void tb_engine_cancel(struct tb_engine *e, struct tb_task *task)
@@ -272,6 +301,8 @@ static void add_stats(struct tb_lane *l, struct tb_engine_stats *out)
         sum->wait_us += atomic_load_explicit(&w->wait_us, memory_order_relaxed);
         sum->wait_us_max = TB_MAX(sum->wait_us_max, max);
     }
+    for (int i = 0; i < l->n_models; i++)
+        if (l->models[i]) out->kv.n_pages += (uint64_t)tb_model_info(l->models[i])->kv_pages_total;
     out->kv.n_free += atomic_load_explicit(&s->kv_free, memory_order_relaxed);
     out->kv.n_cached += atomic_load_explicit(&s->kv_cached, memory_order_relaxed);
     out->kv.n_preempted += atomic_load_explicit(&s->kv_preempted, memory_order_relaxed);
@@ -299,8 +330,6 @@ static void add_stats(struct tb_lane *l, struct tb_engine_stats *out)
 void tb_engine_stats(const struct tb_engine *e, struct tb_engine_stats *out)
 {
     memset(out, 0, sizeof(*out));
-    for (int i = 0; i < e->n_lanes; i++)
-        add_stats(e->lanes[i], out);
-    for (int m = 0; m < e->n_models; m++)
-        out->kv.n_pages += (uint64_t)tb_engine_model_info(e, m)->kv_pages_total;
+    for (int i = 0; i < e->route.n_lanes; i++)
+        add_stats(e->route.lanes[i].lane, out);
 }

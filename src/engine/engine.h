@@ -7,7 +7,10 @@
  *
  * A task is a small struct that core/ makes for an op (or a part of one: saving is export, then the
  * store writes). Adapters, published versions and custom losses are named by ids that core/
- * chooses, so the loop never holds a pointer into a lane.
+ * chooses, so the loop never holds a pointer into a lane. A version's id is one adapter's, or one
+ * checkpoint's: it may be published or loaded anew, and samples submitted when that is done see it.
+ *
+ * A model may be on several devices. Which of its replicas computes a task shows in no result.
  *
  * Order: tasks on one adapter run in the order submitted. Tasks of different adapters, and samples,
  * are independent. Errors: task->op->error for tasks with an op, else task->error; a failed task
@@ -62,6 +65,9 @@ struct tb_task {
         struct tb_task *task); /* loop thread, exactly once; the task is the caller's again */
     void *arg;
     /* engine's */
+    struct route_lane *at;   /* the lane that it was passed to, */
+    struct route_home *home; /* what it makes or ends there, */
+    uint64_t n_drawn;        /* and the tokens that it may draw */
     bool canceled;
     struct tb_sampling *sampling;
     struct lane_loss *loss;
@@ -90,7 +96,7 @@ struct tb_engine_options {
     int n_threads, max_rank, max_context;
     uint64_t memory;        /* of each device; 0 = what it has */
     const char *paging_dir; /* where idle adapters go when memory is short; NULL: they stay */
-    const int *devices;     /* GPUs to use; model i goes to the (i mod n)-th. None given: one */
+    const int *devices;     /* GPUs to use (route.h says what goes where). None given: one */
     int n_devices;
 };
 

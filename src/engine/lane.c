@@ -27,7 +27,7 @@ static void lane_flush(struct tb_lane *l)
     while ((n = tb_list_pop(&done))) {
         struct tb_task *t = TB_LIST_ENTRY(n, struct tb_task, node);
         atomic_fetch_add_explicit(&l->stats.tasks_done[t->type], 1, memory_order_relaxed);
-        t->cb(t);
+        l->done(l->done_arg, t);
     }
 }
 
@@ -120,7 +120,7 @@ void lane_note_memory(struct tb_lane *l)
 
 int lane_create(struct tb_lane **out, uv_loop_t *loop, struct tb_backend *be,
                 struct tb_pager *pager, struct tb_model **models, int n_models,
-                struct tb_error *err)
+                void (*done)(void *arg, struct tb_task *t), void *arg, struct tb_error *err)
 {
     struct tb_lane *l = tb_calloc(1, sizeof(*l));
     int rc;
@@ -142,6 +142,8 @@ int lane_create(struct tb_lane **out, uv_loop_t *loop, struct tb_backend *be,
     l->pager = pager;
     l->models = models;
     l->n_models = n_models;
+    l->done = done;
+    l->done_arg = arg;
     lane_note_pages(l);
     lane_note_memory(l);
     *out = l;

@@ -60,7 +60,7 @@ struct tb_lane {
     uv_loop_t *loop;
     struct tb_backend *be;
     struct tb_pager *pager;   /* or NULL */
-    struct tb_model **models; /* [n_models] of the engine; NULL: on another lane */
+    struct tb_model **models; /* [n_models] of the engine; NULL: not here */
     int n_models;
 
     /* loop */
@@ -68,6 +68,8 @@ struct tb_lane {
     uv_async_t async;
     bool working;
     bool async_open;
+    void (*done)(void *arg, struct tb_task *t); /* a task is the loop's again */
+    void *done_arg;
     void (*closed_cb)(void *arg);
     void *closed_arg;
 
@@ -75,6 +77,8 @@ struct tb_lane {
     struct tb_mailbox inbox, outbox;
     struct tb_mailbox told; /* struct tb_progress; a task's come before its place in outbox */
     _Atomic bool closing;
+    _Atomic bool
+        lost; /* the device is; set before the first task that fails of it is handed back */
     struct lane_stats stats;
     uv_mutex_t memory_lock;
     struct tb_memory_stats memory; /* after the last turn */
@@ -101,10 +105,16 @@ static inline enum tb_work lane_work_of(enum tb_task_type type)
                                     : TB_WORK_OTHER;
 }
 
-/* lane.c: the loop's side. Backend, pager and models are moved in. */
+static inline bool lane_is_lost(const struct tb_lane *l)
+{
+    return atomic_load_explicit(&l->lost, memory_order_relaxed);
+}
+
+/* lane.c: the loop's side. Backend, pager and models are moved in. done is called with each task
+ * that was submitted, and calls its callback. */
 int lane_create(struct tb_lane **out, uv_loop_t *loop, struct tb_backend *be,
                 struct tb_pager *pager, struct tb_model **models, int n_models,
-                struct tb_error *err);
+                void (*done)(void *arg, struct tb_task *t), void *arg, struct tb_error *err);
 void lane_submit(struct tb_lane *l, struct tb_task *t);
 void lane_close(struct tb_lane *l, void (*cb)(void *arg), void *arg);
 

@@ -68,6 +68,7 @@ static void finish(struct tb_lane *l, struct tb_task *t)
     struct lane_work_stats *w = &l->stats.work[lane_work_of(t->type)];
     loss_unref(t->loss);
     t->loss = NULL;
+    if (l->be->lost) atomic_store_explicit(&l->lost, true, memory_order_relaxed);
     add(t->begun ? &w->running : &w->waiting, -(uint64_t)1);
     lane_post_done(l, t);
 }

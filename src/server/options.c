@@ -330,7 +330,8 @@ static const struct option_row {
      "type of weights and products (default auto: bf16 where the CPU has AVX-512 BF16,\n"
      "else f32)"},
     {"--devices", "N[,N...]", set_devices,
-     "GPUs to use, by CUDA's numbers; models go to them in turn (default: the first)"},
+     "GPUs to use, by CUDA's numbers; models go to them in turn. With more GPUs than models a\n"
+     "model is on several, which share its adapters and samples (default: the first)"},
     {"--threads", "N", set_threads, "computing threads (default: all cores)"},
     {"--memory", "BYTES", set_memory,
      "memory to stay within, on each GPU where there are, as 12G; idle adapters go to files when\n"

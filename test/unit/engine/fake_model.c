@@ -10,14 +10,23 @@
 #include "model/pager.h"
 #include "util/mem.h"
 
+struct fake_backend {
+    struct tb_backend be;
+    int device;
+};
 struct tb_model {
     struct tb_model_info info;
+    struct tb_backend *be;
+    int device;
 };
 struct tb_adapter {
     int rank;
+    int device;
 };
 struct tb_adapter_version {
     int refs;
+    int device;
+    int content;
 };
 struct tb_graph {
     int nothing;
@@ -36,23 +45,43 @@ struct tb_training {
 
 struct fake_event fake_events[FAKE_MAX_EVENTS];
 int fake_n_events;
-int fake_live_adapters, fake_live_versions, fake_live_samplings, fake_live_trainings;
+_Atomic int fake_live_adapters, fake_live_versions, fake_live_samplings, fake_live_trainings;
 _Atomic int fake_live_graphs;
-int fake_steps, fake_first_step[FAKE_MAX_SEQ];
-int fake_reserved, fake_max_reserved;
-int fake_with_graph;
+_Atomic int fake_steps, fake_first_step[FAKE_MAX_SEQ];
+_Atomic int fake_reserved;
+int fake_max_reserved;
+_Atomic int fake_with_graph;
 unsigned fake_train_us, fake_sample_us;
 bool fake_fail_create;
+struct fake_device fake_devices[FAKE_DEVICES];
+const char *fake_last_kind;
+_Atomic int fake_sampled_on[FAKE_MAX_SEQ], fake_content[FAKE_MAX_SEQ];
+
+static _Atomic int last_content;
+static uv_once_t once = UV_ONCE_INIT;
+static uv_mutex_t events_lock;
+
+static void init_once(void)
+{
+    uv_mutex_init(&events_lock);
+}
 
 void fake_reset(void)
 {
+    uv_once(&once, init_once);
     fake_n_events = 0;
     fake_train_us = fake_sample_us = 0;
     fake_fail_create = false;
     fake_with_graph = 0;
     fake_steps = 0;
     for (int i = 0; i < FAKE_MAX_SEQ; i++)
-        fake_first_step[i] = -1;
+        fake_first_step[i] = fake_sampled_on[i] = fake_content[i] = -1;
+    for (int i = 0; i < FAKE_DEVICES; i++) {
+        fake_devices[i].samples = 0;
+        fake_devices[i].lost = false;
+    }
+    last_content = 0;
+    fake_last_kind = "fake";
     fake_max_reserved = 1000;
 }
 
@@ -101,8 +130,10 @@ static void note_start(int64_t seq)
 
 static void record(enum fake_event_kind kind, int n, int64_t first_seq)
 {
+    uv_mutex_lock(&events_lock);
     TB_BUG_ON(fake_n_events == FAKE_MAX_EVENTS);
     fake_events[fake_n_events++] = (struct fake_event){kind, n, first_seq};
+    uv_mutex_unlock(&events_lock);
 }
 
 static void destroy(struct tb_backend *be)
@@ -115,13 +146,26 @@ static void describe(struct tb_backend *be, char *out, size_t n)
     if (n) out[0] = '\0';
 }
 
+static void use(struct tb_backend *be, enum tb_queue queue)
+{
+    be->lost |= fake_devices[((struct fake_backend *)be)->device].lost;
+}
+
+static int sync_device(struct tb_backend *be, struct tb_error *err)
+{
+    return be->lost ? tb_error_set(err, TB_EDEVICE, "the fake device is lost") : 0;
+}
+
 static const struct tb_backend_ops fake_ops = {
-    .name = "fake", .destroy = destroy, .describe = describe};
+    .name = "fake", .destroy = destroy, .describe = describe, .use = use, .sync = sync_device};
 
 int tb_backend_create(struct tb_backend **out, const char *name, const char *dtype,
                       const struct tb_backend_options *options, struct tb_error *err)
 {
-    *out = tb_calloc(1, sizeof(**out));
+    struct fake_backend *f = tb_calloc(1, sizeof(*f));
+    f->device = options->device;
+    f->be.kind = f->device == FAKE_DEVICES - 1 ? fake_last_kind : "fake";
+    *out = &f->be;
     (*out)->ops = &fake_ops;
     return 0;
 }
@@ -134,6 +178,9 @@ int tb_model_load(struct tb_model **out, struct tb_backend *be, const char *name
     *out = tb_calloc(1, sizeof(**out));
     (*out)->info.name = tb_strdup(name);
     (*out)->info.arch = "Fake";
+    (*out)->info.max_context = 1 << 20;
+    (*out)->be = be;
+    (*out)->device = ((struct fake_backend *)be)->device;
     return 0;
 }
 
@@ -170,7 +217,9 @@ int tb_adapter_create(struct tb_adapter **out, struct tb_model *m,
     if (fake_fail_create) return tb_error_set(err, TB_ENOMEM, "no room");
     *out = tb_calloc(1, sizeof(**out));
     (*out)->rank = config->rank;
+    (*out)->device = m->device;
     fake_live_adapters++;
+    fake_devices[m->device].adapters++;
     return 0;
 }
 
@@ -200,14 +249,24 @@ void tb_adapter_free(struct tb_adapter *a)
 {
     if (!a) return;
     fake_live_adapters--;
+    fake_devices[a->device].adapters--;
     tb_free(a);
+}
+
+static struct tb_adapter_version *new_version(int device, int content)
+{
+    struct tb_adapter_version *v = tb_calloc(1, sizeof(*v));
+    v->refs = 1;
+    v->device = device;
+    v->content = content;
+    fake_live_versions++;
+    fake_devices[device].versions++;
+    return v;
 }
 
 int tb_adapter_publish(struct tb_adapter *a, struct tb_adapter_version **out, struct tb_error *err)
 {
-    *out = tb_calloc(1, sizeof(**out));
-    (*out)->refs = 1;
-    fake_live_versions++;
+    *out = new_version(a->device, ++last_content);
     record(FAKE_PUBLISH, 1, 0);
     return 0;
 }
@@ -215,13 +274,15 @@ int tb_adapter_publish(struct tb_adapter *a, struct tb_adapter_version **out, st
 int tb_version_create_from(struct tb_adapter_version **out, struct tb_model *m,
                            const struct tb_adapter_state *s, struct tb_error *err)
 {
-    return tb_adapter_publish(NULL, out, err);
+    *out = new_version(m->device, ++last_content);
+    return 0;
 }
 
 void tb_version_unref(struct tb_adapter_version *v)
 {
     if (!v || --v->refs) return;
     fake_live_versions--;
+    fake_devices[v->device].versions--;
     tb_free(v);
 }
 
@@ -302,8 +363,14 @@ int tb_sampling_create(struct tb_sampling **out, struct tb_model *m,
     *out = tb_calloc(1, sizeof(**out));
     (*out)->op = op;
     (*out)->version = version;
+    TB_BUG_ON(version && version->device != m->device);
     if (version) version->refs++;
     fake_live_samplings++;
+    fake_devices[m->device].samples++;
+    if (op->seq_id >= 0 && op->seq_id < FAKE_MAX_SEQ) {
+        fake_sampled_on[op->seq_id] = m->device;
+        fake_content[op->seq_id] = version ? version->content : 0;
+    }
     return 0;
 }
 
@@ -343,6 +410,8 @@ struct tb_progress *tb_sampling_progress(struct tb_sampling *s)
 int tb_model_sample_step(struct tb_model *m, struct tb_sampling *const *s, int n,
                          int prefill_budget, int *n_rows, struct tb_error *err)
 {
+    use(m->be, TB_QUEUE_SAMPLE);
+    if (m->be->lost) return sync_device(m->be, err);
     record(FAKE_SAMPLE_STEP, n, s[0]->op->seq_id);
     for (int i = 0; i < n; i++) {
         s[i]->done++;

@@ -1,7 +1,10 @@
 /*
  * A model without numbers, for tests of the engine's planning: it records what was run in which
- * order and takes a configurable time. Implements the functions of model/model.h that the engine
- * calls.
+ * order and on which device, and takes a configurable time. Implements the functions of
+ * model/model.h that the engine calls.
+ *
+ * Thread: lanes of several devices call it at the same time. What they write is atomic, or under a
+ * lock and read when they are idle.
  */
 #ifndef TEST_FAKE_MODEL_H
 #define TEST_FAKE_MODEL_H
@@ -18,16 +21,30 @@ struct fake_event {
 #define FAKE_MAX_EVENTS 20000
 extern struct fake_event fake_events[FAKE_MAX_EVENTS];
 extern int fake_n_events;
-extern int fake_live_adapters, fake_live_versions, fake_live_samplings, fake_live_trainings;
-extern _Atomic int fake_live_graphs;           /* of several devices' lanes */
-extern int fake_with_graph;                    /* trainings with a custom loss */
-extern int fake_reserved, fake_max_reserved;   /* gradients in memory, and the most there may be */
+extern _Atomic int fake_live_adapters, fake_live_versions, fake_live_samplings, fake_live_trainings;
+extern _Atomic int fake_live_graphs;
+extern _Atomic int fake_with_graph; /* trainings with a custom loss */
+extern _Atomic int fake_reserved;   /* gradients in memory, and the most there may be */
+extern int fake_max_reserved;
 extern unsigned fake_train_us, fake_sample_us; /* time of a pass, of a step */
 extern bool fake_fail_create;
 
 /* Steps so far, and in which of them an op first took part, by seq_id; -1: in none yet. */
 #define FAKE_MAX_SEQ 4096
-extern int fake_steps, fake_first_step[FAKE_MAX_SEQ];
+extern _Atomic int fake_steps, fake_first_step[FAKE_MAX_SEQ];
+
+/* Devices have the kind "fake"; the last one may have another. */
+#define FAKE_DEVICES 4
+struct fake_device {
+    _Atomic int adapters, versions; /* alive there */
+    _Atomic int samples;            /* that were begun there */
+    _Atomic bool lost; /* for a test to set: what runs there fails from the next turn on */
+};
+extern struct fake_device fake_devices[FAKE_DEVICES];
+extern const char *fake_last_kind;
+/* The device that a sample was begun on, and the content of its weights (each publish and load
+ * makes another, counted from 1; 0: the base model), by seq_id; -1: it has not begun. */
+extern _Atomic int fake_sampled_on[FAKE_MAX_SEQ], fake_content[FAKE_MAX_SEQ];
 
 void fake_reset(void);
 

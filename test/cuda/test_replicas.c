@@ -1,0 +1,260 @@
+/*
+ * One model on three GPUs of the emulation: many tenants' training and samples give the same bits
+ * as on one, wherever they are computed; when a device is lost, those on the others go on; GPUs of
+ * several kinds are refused.
+ */
+#include <stdlib.h>
+#include <string.h>
+
+#include "../unit/model/helper.h"
+#include "cuda/cuda.h"
+#include "emu.h"
+#include "engine/engine.h"
+#include "util/mem.h"
+
+/* In the place of the module's loading: the backend is linked into the test. */
+int tb_module_create(struct tb_backend **out, const struct tb_backend_options *options,
+                     struct tb_error *err);
+int tb_module_create(struct tb_backend **out, const struct tb_backend_options *options,
+                     struct tb_error *err)
+{
+    return tb_backend_cuda_create(out, options, err);
+}
+
+enum { N_TENANTS = 5, PROMPT = 6, DRAWN = 9 };
+
+struct fixture {
+    uv_loop_t loop;
+    struct tb_engine *engine;
+    int open;
+    bool closed;
+};
+
+static const int device_numbers[] = {0, 1, 2};
+static char *model_dir;
+
+static int create(struct fixture *f, int n_devices, struct tb_error *err)
+{
+    struct tb_engine_model model = {.name = "a", .dir = model_dir};
+    struct tb_engine_options o = {.models = &model,
+                                  .n_models = 1,
+                                  .backend = "cuda",
+                                  .dtype = "f32",
+                                  .n_threads = 1,
+                                  .memory = (uint64_t)256 << 20,
+                                  .devices = device_numbers,
+                                  .n_devices = n_devices};
+    uv_loop_init(&f->loop);
+    return tb_engine_create(&f->engine, &f->loop, &o, err);
+}
+
+static void open_engine(struct fixture *f, int n_devices)
+{
+    struct tb_error err = {0};
+    *f = (struct fixture){0};
+    if (create(f, n_devices, &err)) fail_msg("%s", err.msg);
+}
+
+static void on_closed(void *arg)
+{
+    ((struct fixture *)arg)->closed = true;
+}
+
+static void close_engine(struct fixture *f)
+{
+    tb_engine_close(f->engine, on_closed, f);
+    uv_run(&f->loop, UV_RUN_DEFAULT);
+    assert_true(f->closed);
+    assert_int_equal(f->open, 0);
+    assert_int_equal(uv_loop_close(&f->loop), 0);
+}
+
+static void on_done(struct tb_task *t)
+{
+    ((struct fixture *)t->arg)->open--;
+}
+
+static struct tb_task *submit(struct fixture *f, enum tb_task_type type, uint64_t adapter,
+                              uint64_t version, struct tb_op *op)
+{
+    struct tb_task *t = tb_task_create(type);
+    t->adapter_id = adapter;
+    t->version_id = version;
+    t->lora = (struct tb_lora_config){.rank = 3,
+                                      .alpha = 8,
+                                      .has_seed = true,
+                                      .seed = adapter,
+                                      .train_attn = true,
+                                      .train_mlp = true,
+                                      .train_unembed = true};
+    t->op = op;
+    t->cb = on_done;
+    t->arg = f;
+    f->open++;
+    tb_engine_submit(f->engine, t);
+    return t;
+}
+
+static void wait_all(struct fixture *f)
+{
+    while (f->open)
+        uv_run(&f->loop, UV_RUN_ONCE);
+}
+
+static int drop(struct tb_task *t)
+{
+    int code = tb_task_error(t)->code;
+    tb_op_destroy(t->op);
+    tb_task_destroy(t);
+    return code;
+}
+
+/* It must have gone well. */
+static void drop_ok(struct tb_task *t)
+{
+    if (tb_task_error(t)->code) fail_msg("%s", tb_task_error(t)->msg);
+    drop(t);
+}
+
+static struct tb_op *sample_op(uint64_t seed)
+{
+    static const int32_t prompt[PROMPT] = {3, 1, 4, 1, 5, 9};
+    return op_sample(prompt, PROMPT, DRAWN, seed);
+}
+
+struct drawn {
+    float logprobs[DRAWN];
+    int32_t tokens[DRAWN];
+};
+
+static void take_sample(struct tb_task *t, struct drawn *out)
+{
+    if (tb_task_error(t)->code) fail_msg("%s", tb_task_error(t)->msg);
+    const struct tb_sequence *s = t->op->result.sequences;
+    assert_int_equal(s->n, DRAWN);
+    memcpy(out->logprobs, s->logprobs, sizeof(out->logprobs));
+    memcpy(out->tokens, s->tokens, sizeof(out->tokens));
+    drop(t);
+}
+
+struct answers {
+    float train[N_TENANTS][70];
+    struct drawn own[N_TENANTS], base[N_TENANTS];
+};
+
+/* Trains an adapter of each tenant (id: from 1) and samples from it and from the base model. */
+static void run_tenants(struct fixture *f, struct answers *out)
+{
+    enum { N = 4 };
+    struct tb_task *t[N_TENANTS][N], *own[N_TENANTS], *base[N_TENANTS];
+    for (uint64_t i = 0; i < N_TENANTS; i++) {
+        t[i][0] = submit(f, TB_TASK_ADAPTER_CREATE, i + 1, 0, NULL);
+        t[i][1] = submit(f, TB_TASK_TRAIN, i + 1, 0, batch_op(&shapes[1], i, true, false));
+        t[i][2] = submit(f, TB_TASK_OPTIM, i + 1, 0, op_adam(1e-2));
+        t[i][3] = submit(f, TB_TASK_PUBLISH, i + 1, i + 101, NULL);
+    }
+    wait_all(f);
+    for (uint64_t i = 0; i < N_TENANTS; i++) {
+        own[i] = submit(f, TB_TASK_SAMPLE, 0, i + 101, sample_op(i));
+        base[i] = submit(f, TB_TASK_SAMPLE, 0, 0, sample_op(i));
+    }
+    wait_all(f);
+    for (int i = 0; i < N_TENANTS; i++) {
+        const struct tb_output *o = t[i][1]->op->result.outputs;
+        memset(out->train[i], 0, sizeof(out->train[i]));
+        memcpy(out->train[i], o->logprobs, sizeof(float) * (size_t)TB_MIN(o->n, 70));
+        for (int k = 0; k < N; k++)
+            drop_ok(t[i][k]);
+        take_sample(own[i], &out->own[i]);
+        take_sample(base[i], &out->base[i]);
+    }
+}
+
+static void test_same_bits(void **state)
+{
+    struct fixture f;
+    struct answers *one = tb_calloc(1, sizeof(*one)), *three = tb_calloc(1, sizeof(*three));
+    struct tb_engine_stats s;
+    open_engine(&f, 1);
+    run_tenants(&f, one);
+    close_engine(&f);
+    open_engine(&f, 3);
+    run_tenants(&f, three);
+    tb_engine_stats(f.engine, &s);
+    assert_int_equal(s.memory.n_adapters, N_TENANTS);
+    assert_int_equal(s.memory.limit, (uint64_t)3 * 256 << 20);
+    close_engine(&f);
+    assert_memory_equal(one, three, sizeof(*one));
+    assert_memory_not_equal(one->train[0], one->train[1], sizeof(one->train[0]));
+    tb_free(one);
+    tb_free(three);
+}
+
+/* Adapters 1, 4 are at home on device 0, 2 and 5 on 1, 3 on 2. */
+static void test_lost(void **state)
+{
+    struct fixture f;
+    struct answers *all = tb_calloc(1, sizeof(*all));
+    struct drawn again;
+    open_engine(&f, 3);
+    run_tenants(&f, all);
+    emu_fail_device(1);
+    for (uint64_t i = 0; i < N_TENANTS; i++) {
+        struct tb_task *t = submit(&f, TB_TASK_OPTIM, i + 1, 0, op_adam(1e-2));
+        wait_all(&f);
+        assert_int_equal(drop(t), i % 3 == 1 ? TB_EDEVICE : 0);
+    }
+    for (uint64_t i = 0; i < N_TENANTS; i++) {
+        struct tb_task *t = submit(&f, TB_TASK_SAMPLE, 0, i + 101, sample_op(i));
+        wait_all(&f);
+        if (i % 3 == 1) {
+            assert_int_equal(drop(t), TB_EDEVICE);
+        } else {
+            take_sample(t, &again);
+            assert_memory_equal(&again, &all->own[i], sizeof(again));
+        }
+    }
+    struct tb_task *base[N_TENANTS], *create[3];
+    for (uint64_t i = 0; i < N_TENANTS; i++)
+        base[i] = submit(&f, TB_TASK_SAMPLE, 0, 0, sample_op(i));
+    for (uint64_t i = 0; i < 3; i++)
+        create[i] = submit(&f, TB_TASK_ADAPTER_CREATE, 10 + i, 0, NULL);
+    wait_all(&f);
+    for (int i = 0; i < N_TENANTS; i++) {
+        take_sample(base[i], &again);
+        assert_memory_equal(&again, &all->base[i], sizeof(again));
+    }
+    for (int i = 0; i < 3; i++)
+        drop_ok(create[i]);
+    close_engine(&f);
+    emu_fail_after(0);
+    tb_free(all);
+}
+
+static void test_kinds(void **state)
+{
+    struct fixture f = {0};
+    struct tb_error err = {0};
+    setenv("TB_EMU_NAMES", "GPU A,GPU A,GPU B", 1);
+    assert_int_equal(create(&f, 3, &err), TB_EINVAL);
+    assert_string_equal(err.msg, "--devices: GPU 0 (GPU A, 3 multiprocessors) and GPU 2 (GPU B, 3 "
+                                 "multiprocessors) share a model, so they must be of one kind");
+    assert_int_equal(uv_loop_close(&f.loop), 0);
+    open_engine(&f, 2);
+    close_engine(&f);
+    unsetenv("TB_EMU_NAMES");
+}
+
+int main(void)
+{
+    setenv("TB_EMU_DEVICES", "3", 1);
+    model_dir = random_model(&shapes[1], 4, 0.2f);
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_same_bits),
+        cmocka_unit_test(test_lost),
+        cmocka_unit_test(test_kinds),
+    };
+    int rc = cmocka_run_group_tests_name("cuda replicas", tests, NULL, NULL);
+    remove_dir(model_dir);
+    return rc;
+}
