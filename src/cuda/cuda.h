@@ -47,8 +47,10 @@ struct tb_cuda {
     struct tb_cuda_plans *plans;
     struct tb_cuda_queues *queues;
     struct tb_error lost; /* code 0: the device works */
-    /* A step is being captured: nothing runs, and a call that fails only ends the capture. */
-    bool capturing, capture_failed;
+    /* A step is being captured: nothing runs, and a call that fails only ends the capture. When it
+     * is only compared with the last one, calls do no more than change the print. */
+    bool capturing, comparing, capture_failed;
+    uint64_t print; /* of what the step has asked for */
 };
 
 #define TB_CUDA_SCRATCH ((size_t)32 << 20)
@@ -72,6 +74,19 @@ bool tb_cuda_ok(struct tb_cuda *c, cudaError_t e, const char *what);
  * nothing may be launched). */
 const void *tb_cuda_stage(struct tb_cuda *c, const void *host, size_t bytes);
 #define TB_CUDA_STAGE ((size_t)8 << 20)
+
+/* While a step is captured or compared: these bytes are part of what it asks for. */
+void tb_cuda_note(struct tb_cuda *c, const void *what, size_t bytes);
+
+/* n or somewhat more, the same for many n that follow each other: sizes of what grows from step to
+ * step, so that most steps ask for the same. */
+static inline size_t tb_cuda_steady(size_t n)
+{
+    size_t step = 1;
+    while (n / step >= 16)
+        step *= 2;
+    return (n + step - 1) / step * step;
+}
 
 /* Waits for the queued work and copies from the device. Zeroes host when the device is lost. */
 void tb_cuda_fetch(struct tb_cuda *c, void *host, const void *device, size_t bytes);

@@ -22,11 +22,28 @@
 
 typedef __nv_bfloat16 bf16;
 
+template <typename T> static inline void note_argument(struct tb_cuda *c, const T &x)
+{
+    tb_cuda_note(c, &x, sizeof(x));
+}
+template <typename... T, typename... A>
+static inline void note_launch(struct tb_cuda *c, void (*kernel)(T...), dim3 grid, dim3 block,
+                               size_t smem, const A &...arguments)
+{
+    if (!c->capturing) return;
+    const size_t head[] = {(size_t)kernel, grid.x, grid.y, grid.z, block.x, block.y, block.z, smem};
+    note_argument(c, head);
+    (note_argument<T>(c, arguments), ...);
+}
+
 /* TB_LAUNCH(c, kernel, grid, block, dynamic shared bytes, arguments...) on the current stream. A
- * kernel that is a template with commas goes in parentheses. */
+ * kernel that is a template with commas goes in parentheses. Arguments that are structures have
+ * zeros between their members, where a step may launch them: all bytes are compared. */
 #ifdef TB_CUDA_EMU
 #    define TB_LAUNCH(c, kernel, grid, block, smem, ...)                                           \
         do {                                                                                       \
+            note_launch((c), (kernel), (grid), (block), (smem), __VA_ARGS__);                      \
+            if ((c)->comparing) break;                                                             \
             emu_launch(#kernel, __FILE__, __LINE__, (grid), (block), (smem), (c)->stream,          \
                        (kernel), __VA_ARGS__);                                                     \
             tb_cuda_ok((c), cudaGetLastError(), #kernel);                                          \
@@ -35,6 +52,8 @@ typedef __nv_bfloat16 bf16;
 #else
 #    define TB_LAUNCH(c, kernel, grid, block, smem, ...)                                           \
         do {                                                                                       \
+            note_launch((c), (kernel), (grid), (block), (smem), __VA_ARGS__);                      \
+            if ((c)->comparing) break;                                                             \
             (kernel)<<<(grid), (block), (smem), (c)->stream>>>(__VA_ARGS__);                       \
             tb_cuda_ok((c), cudaGetLastError(), #kernel);                                          \
         } while (0)
@@ -45,10 +64,11 @@ typedef __nv_bfloat16 bf16;
 
 /* Lets a kernel use more than 48 KiB of dynamic shared memory. */
 #define TB_ALLOW_SHARED(c, kernel, bytes)                                                          \
-    tb_cuda_ok((c),                                                                                \
-               cudaFuncSetAttribute((const void *)(kernel),                                        \
-                                    cudaFuncAttributeMaxDynamicSharedMemorySize, (int)(bytes)),    \
-               #kernel)
+    ((c)->comparing ||                                                                             \
+     tb_cuda_ok((c),                                                                               \
+                cudaFuncSetAttribute((const void *)(kernel),                                       \
+                                     cudaFuncAttributeMaxDynamicSharedMemorySize, (int)(bytes)),   \
+                #kernel))
 
 #define TB_WARP 32
 #define TB_ALL  0xffffffffu /* of a warp */

@@ -25,6 +25,7 @@
  */
 #include <limits.h>
 #include <math.h>
+#include <string.h>
 
 #include "cuda/attn.cuh"
 #include "util/mem.h"
@@ -402,6 +403,7 @@ __global__ static void __launch_bounds__(T::N_WARPS *TB_WARP, 1)
     const int slot_size = (T::N_ACC + 2 * T::N_ROW) * T::N_WARPS * TB_WARP;
     for (int item = (int)blockIdx.x; item < n_tasks * a.nk; item += (int)gridDim.x) {
         const task &t = tasks[item / a.nk]; /* read again and again: registers are short */
+        if (t.n == 0) continue;
         int h = item % a.nk, f = t.first + warp_id() * T::WARP_ROWS;
         int from = position_of(a, t, f), to = position_of(a, t, f + T::WARP_ROWS - 1);
         T x;
@@ -482,10 +484,21 @@ static int max_parts(const struct tb_cuda *c, const struct call *a)
     return n < INT_MAX ? (int)n : INT_MAX;
 }
 
+/* In a step that is captured there are somewhat more tasks, the last of them of no rows: as many in
+ * most steps, though sequences grow. */
+static void fill_up(const struct tb_cuda *c, struct task *tasks, int *n)
+{
+    int end = (int)tb_cuda_steady((size_t)*n);
+    while (c->capturing && *n < TB_MIN(end, MAX_TASKS))
+        tasks[(*n)++] = {};
+}
+
 template <class T> static void flush(struct tb_cuda *c, const struct call *a, struct launch *l)
 {
     const size_t slot_bytes = (T::N_ACC + 2 * T::N_ROW) * T::N_WARPS * TB_WARP * sizeof(float);
     const struct task *tasks = NULL, *joins = NULL;
+    fill_up(c, l->tasks, &l->n_tasks);
+    fill_up(c, l->joins, &l->n_joins);
     int blocks = l->n_tasks * a->nk;
     if (l->n_tasks)
         tasks = (const struct task *)tb_cuda_stage(c, l->tasks, l->n_tasks * sizeof(*tasks));
@@ -599,7 +612,8 @@ static void attention(struct tb_backend *be, const struct tb_attn_shape *s,
         tb_cuda_ok(c, cudaErrorInvalidValue, "attention: head_dim");
         return;
     }
-    struct call a = {};
+    struct call a;
+    memset(&a, 0, sizeof(a)); /* its padding is compared too */
     a.q = q;
     a.k = k;
     a.v = v;

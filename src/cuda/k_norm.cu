@@ -5,6 +5,8 @@
  *
  * Owner: nothing. Thread: the backend's caller.
  */
+#include <string.h>
+
 #include "cuda/quad.cuh"
 
 __device__ static inline float rstd_of(float sum_squares, int dim, float eps)
@@ -280,8 +282,19 @@ static bool heads_init(struct heads *a, struct tb_cuda *c, const struct tb_attn_
     while (lanes < TB_WARP && lanes * 8 < s->head_dim)
         lanes *= 2;
     pos = (const int32_t *)tb_cuda_stage(c, pos, (size_t)T * sizeof(*pos));
-    *a = {s->n_head, s->n_kv_head, s->head_dim, rope_dim / 2, lanes,  n,
-          pos,       cos,          sin,         q_norm,       k_norm, eps};
+    memset(a, 0, sizeof(*a)); /* its padding is compared too */
+    a->n_head = s->n_head;
+    a->n_kv = s->n_kv_head;
+    a->hd = s->head_dim;
+    a->half = rope_dim / 2;
+    a->lanes = lanes;
+    a->n = n;
+    a->pos = pos;
+    a->cos = cos;
+    a->sin = sin;
+    a->q_norm = q_norm;
+    a->k_norm = k_norm;
+    a->eps = eps;
     return pos != NULL;
 }
 

@@ -396,6 +396,8 @@ static int plan_get(struct tb_cuda *c, const struct tb_weight *w, bool backward,
             return 0;
         }
     }
+    if (c->capturing) /* trials wait for results; the step is asked for again, plainly */
+        return tb_error_set(err, TB_EDEVICE, "a new product in a captured step");
     struct plan *p = tb_calloc(1, sizeof(*p));
     *p = (struct plan){
         .backward = backward, .n_in = w->n_in, .n_out = w->n_out, .ld = ld, .align = align};
@@ -532,6 +534,10 @@ static void product(struct tb_backend *be, const struct tb_weight *w, const stru
         }
         plan = other;
     }
+    const size_t what[] = {(size_t)plan, (size_t)w->data, (size_t)x,  (size_t)T,
+                           (size_t)bias, (size_t)y,       (size_t)ld, accumulate};
+    tb_cuda_note(c, what, sizeof(what));
+    if (c->comparing) return;
     cublasStatus_t s = multiply(c, plan, w->data, x, T, bias, y, ld, accumulate);
     if (s) tb_cuda_fail(c, "a product", cublasLtGetStatusString(s));
 }

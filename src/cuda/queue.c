@@ -13,8 +13,15 @@
  * loads at a kernel's first launch has been loaded then. A capture that fails has run nothing; its
  * work is asked for again, plainly.
  *
+ * Capturing costs the host as much as launching, while the device waits. So a step is first only
+ * compared with the class's last one: its calls stage what they stage, and a print is made of all
+ * kernels, grids, arguments and copies. Where it is the same the executable is launched as it is.
+ * That is most steps, as what differs (tokens, positions, pages) is staged.
+ *
  * Owner: struct tb_cuda. Thread: the backend's; the current device is the thread's.
  */
+#include <string.h>
+
 #include "cuda/host.h"
 #include "util/log.h"
 
@@ -23,6 +30,7 @@
 
 struct graph_class {
     cudaGraphExec_t exec; /* or NULL */
+    uint64_t print;       /* of what exec does */
     bool warm;            /* one has run plainly */
 };
 
@@ -73,12 +81,36 @@ static void use(struct tb_backend *be, enum tb_queue queue)
 
 /* ---- decode steps */
 
+void tb_cuda_note(struct tb_cuda *c, const void *what, size_t bytes)
+{
+    for (size_t at = 0, n; at < bytes && c->capturing; at += n) {
+        uint64_t x = 0;
+        n = TB_MIN(sizeof(x), bytes - at);
+        memcpy(&x, (const char *)what + at, n);
+        c->print = (c->print ^ x) * 0x9e3779b97f4a7c15u;
+        c->print ^= c->print >> 32;
+    }
+}
+
+/* Calls fn for what it stages and its print; false: it cannot be captured. */
+static bool compare(struct tb_cuda *c, void (*fn)(void *arg), void *arg)
+{
+    if (!tb_cuda_ring_capture(c)) return false;
+    c->capturing = c->comparing = true;
+    c->print = 0;
+    fn(arg);
+    bool failed = c->capture_failed;
+    c->capturing = c->comparing = c->capture_failed = false;
+    return !failed;
+}
+
 /* The graph of what fn asks for, or NULL: it cannot be captured. Nothing has run in any case. */
 static cudaGraph_t capture(struct tb_cuda *c, void (*fn)(void *arg), void *arg)
 {
     cudaGraph_t graph = NULL;
     if (!tb_cuda_ring_capture(c)) return NULL;
     c->capturing = true;
+    c->print = 0;
     if (tb_cuda_ok(c, cudaStreamBeginCapture(c->stream, cudaStreamCaptureModeRelaxed), "")) {
         fn(arg);
         tb_cuda_ok(c, cudaStreamEndCapture(c->stream, &graph), "");
@@ -91,10 +123,11 @@ static cudaGraph_t capture(struct tb_cuda *c, void (*fn)(void *arg), void *arg)
     return NULL;
 }
 
-/* Makes the class's executable run the graph. */
-static bool update(struct graph_class *k, cudaGraph_t graph)
+/* Makes the class's executable run the graph, that of c->print. */
+static bool update(const struct tb_cuda *c, struct graph_class *k, cudaGraph_t graph)
 {
     cudaGraphExecUpdateResultInfo info;
+    k->print = c->print;
     if (k->exec && cudaGraphExecUpdate(k->exec, graph, &info) == cudaSuccess) return true;
     if (k->exec) (void)cudaGraphExecDestroy(k->exec);
     k->exec = NULL;
@@ -107,11 +140,14 @@ static bool update(struct graph_class *k, cudaGraph_t graph)
 
 static bool run_captured(struct tb_cuda *c, struct graph_class *k, void (*fn)(void *arg), void *arg)
 {
-    cudaGraph_t graph = capture(c, fn, arg);
-    if (!graph) return false;
-    bool ok = update(k, graph);
-    (void)cudaGraphDestroy(graph);
-    if (!ok) return false;
+    if (k->exec && !compare(c, fn, arg)) return false;
+    if (!k->exec || c->print != k->print) {
+        cudaGraph_t graph = capture(c, fn, arg);
+        if (!graph) return false;
+        bool ok = update(c, k, graph);
+        (void)cudaGraphDestroy(graph);
+        if (!ok) return false;
+    }
     tb_cuda_ring_send(c);
     tb_cuda_ok(c, cudaGraphLaunch(k->exec, c->stream), "a decode step");
     tb_cuda_ring_sent(c);

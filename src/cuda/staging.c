@@ -99,13 +99,13 @@ static size_t take(struct tb_cuda *c, size_t bytes)
 static const void *stage_captured(struct tb_cuda *c, const void *host, size_t bytes)
 {
     struct tb_cuda_ring *r = c->ring;
-    size_t at = r->step_used;
-    if (bytes > TB_CUDA_STEP - at) {
+    size_t at = r->step_used, room = tb_cuda_round_up(tb_cuda_steady(bytes));
+    if (room > TB_CUDA_STEP - at) {
         tb_cuda_fail(c, "a decode step", "its arrays are too large");
         return NULL;
     }
     memcpy(r->step + at, host, bytes);
-    r->step_used = at + tb_cuda_round_up(bytes);
+    r->step_used = at + room;
     return r->step_device + at;
 }
 
@@ -197,7 +197,9 @@ static void download(struct tb_backend *be, void *host, const void *src, size_t 
 static void copy(struct tb_backend *be, void *dst, const void *src, size_t bytes)
 {
     struct tb_cuda *c = tb_cuda(be);
-    if (bytes && tb_cuda_ok(c, cudaSuccess, "copy"))
+    const size_t what[] = {(size_t)dst, (size_t)src, bytes};
+    tb_cuda_note(c, what, sizeof(what));
+    if (bytes && !c->comparing && tb_cuda_ok(c, cudaSuccess, "copy"))
         tb_cuda_ok(c, cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDeviceToDevice, c->stream),
                    "copy");
 }
@@ -233,7 +235,9 @@ static int copy_from(struct tb_backend *be, void *dst, struct tb_backend *src_be
 static void zero(struct tb_backend *be, void *dst, size_t bytes)
 {
     struct tb_cuda *c = tb_cuda(be);
-    if (bytes && tb_cuda_ok(c, cudaSuccess, "zero"))
+    const size_t what[] = {(size_t)dst, bytes};
+    tb_cuda_note(c, what, sizeof(what));
+    if (bytes && !c->comparing && tb_cuda_ok(c, cudaSuccess, "zero"))
         tb_cuda_ok(c, cudaMemsetAsync(dst, 0, bytes, c->stream), "zero");
 }
 
