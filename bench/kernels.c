@@ -386,6 +386,19 @@ static void head(int T)
     drop(dl);
 }
 
+/* Memory for the kernels themselves, in calls of T rows. */
+static void *lend(int T, size_t *bytes)
+{
+    struct tb_pass_size size = {.attn = {.n_head = HEADS, .n_kv_head = KV_HEADS, .head_dim = HD},
+                                .rows = T,
+                                .rank = RANK,
+                                .vocab = VOCAB};
+    *bytes = ops->lend ? ops->lend(be, &size, NULL) : 0;
+    void *mem = *bytes ? ops->alloc(be, *bytes) : NULL;
+    if (mem) ops->lend(be, &size, mem);
+    return mem;
+}
+
 int main(int argc, char **argv)
 {
     struct tb_backend_options o = {0};
@@ -428,11 +441,14 @@ int main(int argc, char **argv)
         char *end;
         int T = (int)strtol(r, &end, 10);
         if (T <= 0 || end == r) break;
+        size_t bytes;
+        void *mem = lend(T, &bytes);
         matmuls(T);
         loras(T);
         attention(T);
         elementwise(T);
         head(T);
+        if (mem) ops->free(be, mem, bytes);
         r = end + (*end == ',');
     }
     for (int i = 0; i < N_MATRICES; i++)

@@ -82,6 +82,12 @@ struct tb_attn_shape {
     int window;  /* sliding window in tokens (a query sees keys pos-window+1 .. pos); 0 = all */
 };
 
+/* What the calls of one pass may ask for at most. */
+struct tb_pass_size {
+    struct tb_attn_shape attn;
+    int rows, rank, vocab;
+};
+
 struct tb_adamw {
     float lr, beta1, beta2, eps, weight_decay;
     float grad_scale;   /* from clipping; 1 = none */
@@ -125,6 +131,11 @@ struct tb_backend_ops {
      * part of a step over `rows` sequences that advance by a row each, which neither waits nor
      * hands anything to the host. fn may be called twice; it changes nothing on the host. */
     void (*step)(struct tb_backend *be, int rows, void (*fn)(void *arg), void *arg);
+
+    /* Lends the kernels memory of their own for calls within that size; it serves until the next is
+     * lent. Returns its bytes, which grow with each row at least as much as with the one before;
+     * with mem NULL only that. NULL: the backend needs none. */
+    size_t (*lend)(struct tb_backend *be, const struct tb_pass_size *size, void *mem);
 
     /* ---- memory. alloc: 64-byte aligned, not cleared, NULL when there is none left. */
     void *(*alloc)(struct tb_backend *be, size_t bytes);

@@ -61,6 +61,18 @@ static void carve_backward(struct carve *c, struct tb_pass *p)
     p->draw = take(c, T, nq + 2 * nkv, e);
 }
 
+/* Memory for the backend's kernels: lends it, or with NULL says how much. Sampling draws too; a
+ * layer's window does not matter. */
+static size_t lend(const struct tb_pass *p, void *mem)
+{
+    struct tb_backend *be = p->m->be;
+    struct tb_pass_size size = {.attn = tb_pass_shape(p, 0),
+                                .rows = p->T,
+                                .rank = p->ru,
+                                .vocab = p->kind == TB_PASS_INFER ? p->m->cfg.vocab : 0};
+    return be->ops->lend ? be->ops->lend(be, &size, mem) : 0;
+}
+
 static size_t carve_all(struct tb_pass *p, char *base, bool backward)
 {
     const struct tb_model_config *f = &p->m->cfg;
@@ -68,6 +80,7 @@ static size_t carve_all(struct tb_pass *p, char *base, bool backward)
     size_t T = (size_t)p->T, R = (size_t)p->m->head_rows, e = tb_dtype_size(p->m->be->act);
     size_t d = (size_t)f->hidden, V = (size_t)f->vocab, ru = (size_t)p->ru;
     bool keep = p->kind != TB_PASS_INFER;
+    p->kernels = take(&c, 1, lend(p, NULL), 1);
     for (int l = 0; l <= f->n_layers; l++)
         p->x[l] = keep || l == 0 ? take(&c, T, d, 4) : p->x[0];
     for (int l = 0; l < f->n_layers; l++)
@@ -126,6 +139,7 @@ int tb_pass_init(struct tb_pass *p, struct tb_block *block, bool backward, struc
     int rc = tb_block_reserve(p->m->be, block, carve_all(p, NULL, backward), "activations", err);
     if (rc) return rc;
     carve_all(p, block->p, backward);
+    lend(p, p->kernels);
     p->block = block;
     block->busy = true;
     return 0;

@@ -43,6 +43,7 @@ struct tb_pass {
 
     /* ---- laid out by tb_pass_layout */
     struct tb_block *block;     /* busy until tb_pass_fini */
+    void *kernels;              /* lent to the backend */
     struct tb_lora_span *spans; /* host scratch */
     struct tb_saved *saved;     /* host; n_layers of them (KEEP) or one */
     float **x;                  /* host; residual stream before each layer, n_layers + 1 pointers */

@@ -33,19 +33,34 @@ void tb_cpu_free(void *p)
     free(p);
 }
 
-void *tb_scratch_get(struct tb_scratch *s, size_t bytes)
+void *tb_scratch_get(const struct tb_scratch *s, size_t bytes)
 {
-    if (bytes <= s->bytes) return s->p;
-    tb_cpu_free(s->p);
-    size_t want = bytes + bytes / 4;
-    __atomic_fetch_add(&s->be->mem_used, want - s->bytes, __ATOMIC_RELAXED);
-    s->p = tb_cpu_alloc(want);
-    if (!s->p) {
-        fprintf(stderr, "tinkerbell: no memory for %zu bytes of scratch\n", want);
+    if (bytes > s->bytes) {
+        fprintf(stderr, "tinkerbell: a kernel needs %zu bytes, %zu were lent\n", bytes, s->bytes);
         abort();
     }
-    s->bytes = want;
     return s->p;
+}
+
+static size_t slice(struct tb_scratch *s, size_t bytes, char *mem, size_t at)
+{
+    bytes = (bytes + 63) & ~(size_t)63;
+    if (mem) *s = (struct tb_scratch){mem + at, bytes};
+    return at + bytes;
+}
+
+static size_t cpu_lend(struct tb_backend *be, const struct tb_pass_size *size, void *mem)
+{
+    struct tb_cpu *c = tb_cpu(be);
+    struct tb_needs n = {0};
+    size_t at = 0;
+    for (size_t i = 0; i < sizeof(c->needs) / sizeof(c->needs[0]); i++)
+        if (c->needs[i]) c->needs[i](size, &n);
+    for (int i = 0; i < TB_N_SHARED; i++)
+        at = slice(&c->shared[i], n.shared[i], mem, at);
+    for (int i = 0; i < be->n_threads; i++)
+        at = slice(&c->own[i], n.own, mem, at);
+    return at;
 }
 
 void *tb_cpu_take(struct tb_backend *be, size_t bytes)
@@ -87,6 +102,7 @@ static int cpu_sync(struct tb_backend *be, struct tb_error *err)
 
 void tb_cpu_memory_ops(struct tb_backend_ops *o)
 {
+    o->lend = cpu_lend;
     o->alloc = tb_cpu_take;
     o->free = tb_cpu_give;
     o->upload = cpu_copy;
@@ -153,10 +169,6 @@ static void cpu_destroy(struct tb_backend *be)
     struct tb_cpu *c = tb_cpu(be);
     if (!c) return;
     tb_team_destroy(c->team);
-    for (size_t i = 0; i < sizeof(c->shared) / sizeof(c->shared[0]); i++)
-        tb_cpu_free(c->shared[i].p);
-    for (int i = 0; c->own && i < c->be.n_threads; i++)
-        tb_cpu_free(c->own[i].p);
     free(c->own);
     free(c);
 }
@@ -169,7 +181,7 @@ static void cpu_describe(struct tb_backend *be, char *out, size_t n)
 }
 
 #if defined(__x86_64__)
-#    define FILL(o, target)                                                                        \
+#    define FILL(c, o, target)                                                                     \
         do {                                                                                       \
             tb_k_product_ops_##target(o);                                                          \
             tb_k_lora_ops_##target(o);                                                             \
@@ -178,6 +190,11 @@ static void cpu_describe(struct tb_backend *be, char *out, size_t n)
             tb_k_attn_bwd_ops_##target(o);                                                         \
             tb_k_head_ops_##target(o);                                                             \
             tb_k_draw_ops_##target(o);                                                             \
+            (c)->needs[0] = tb_k_lora_needs_##target;                                              \
+            (c)->needs[1] = tb_k_attn_needs_##target;                                              \
+            (c)->needs[2] = tb_k_attn_bwd_needs_##target;                                          \
+            (c)->needs[3] = tb_k_draw_needs_##target;                                              \
+            (c)->needs[4] = tb_k_product_needs_##target;                                           \
         } while (0)
 #endif
 
@@ -194,11 +211,11 @@ static void fill_ops(struct tb_cpu *c)
     tb_plain_head_ops(o);
 #if defined(__x86_64__)
     if (c->isa == TB_ISA_AVX2)
-        FILL(o, avx2);
+        FILL(c, o, avx2);
     else if (c->isa != TB_ISA_PLAIN && c->be.act == TB_F32)
-        FILL(o, avx512);
+        FILL(c, o, avx512);
     else if (c->isa == TB_ISA_AVX512_BF16)
-        FILL(o, bf16);
+        FILL(c, o, bf16);
 #endif
     c->be.ops = o;
 }
@@ -227,10 +244,6 @@ int tb_backend_cpu_create(struct tb_backend **out, const struct tb_backend_optio
     c->be.mem_limit = options ? options->mem_limit : 0;
     if (c->be.n_threads > 256) c->be.n_threads = 256;
     c->own = calloc((size_t)c->be.n_threads, sizeof(*c->own));
-    for (int i = 0; c->own && i < c->be.n_threads; i++)
-        c->own[i].be = &c->be;
-    for (size_t i = 0; i < sizeof(c->shared) / sizeof(c->shared[0]); i++)
-        c->shared[i].be = &c->be;
     c->team = c->own ? tb_team_create(c->be.n_threads) : NULL;
     if (!c->team) {
         cpu_destroy(&c->be);

@@ -17,20 +17,30 @@ struct tb_team;
 
 enum tb_isa { TB_ISA_PLAIN, TB_ISA_AVX2, TB_ISA_AVX512, TB_ISA_AVX512_BF16 };
 
-/* Memory that only grows, for one thread or for a call. */
+/* Memory for a call, of one thread or of all, out of what ops->lend was given. */
 struct tb_scratch {
-    void *p;
+    char *p;
     size_t bytes;
-    struct tb_backend *be; /* counts it */
 };
+
+/* How much of it the calls of a pass need. */
+#define TB_N_SHARED 3
+struct tb_needs {
+    size_t shared[TB_N_SHARED], own;
+};
+static inline void tb_need(size_t *most, size_t bytes)
+{
+    if (bytes > *most) *most = bytes;
+}
 
 struct tb_cpu {
     struct tb_backend be; /* first: the table's functions cast */
     struct tb_backend_ops ops;
     enum tb_isa isa;
     struct tb_team *team;
-    struct tb_scratch shared[4]; /* a call's; the caller sizes it before the team runs */
-    struct tb_scratch *own;      /* one a thread */
+    struct tb_scratch shared[TB_N_SHARED];                                 /* a call's */
+    struct tb_scratch *own;                                                /* one a thread */
+    void (*needs[5])(const struct tb_pass_size *size, struct tb_needs *n); /* or NULL: none */
 };
 
 /* A frozen matrix. fwd: row-major act (plain) or panels of words over n_in (fast); bwd: panels of
@@ -59,7 +69,12 @@ void tb_plain_head_ops(struct tb_backend_ops *o);
     void tb_k_attn_ops_##target(struct tb_backend_ops *o);                                         \
     void tb_k_attn_bwd_ops_##target(struct tb_backend_ops *o);                                     \
     void tb_k_head_ops_##target(struct tb_backend_ops *o);                                         \
-    void tb_k_draw_ops_##target(struct tb_backend_ops *o);
+    void tb_k_draw_ops_##target(struct tb_backend_ops *o);                                         \
+    void tb_k_product_needs_##target(const struct tb_pass_size *size, struct tb_needs *n);         \
+    void tb_k_lora_needs_##target(const struct tb_pass_size *size, struct tb_needs *n);            \
+    void tb_k_attn_needs_##target(const struct tb_pass_size *size, struct tb_needs *n);            \
+    void tb_k_attn_bwd_needs_##target(const struct tb_pass_size *size, struct tb_needs *n);        \
+    void tb_k_draw_needs_##target(const struct tb_pass_size *size, struct tb_needs *n);
 TB_K_TABLES(avx2)
 TB_K_TABLES(avx512)
 TB_K_TABLES(bf16)
@@ -67,10 +82,9 @@ TB_K_TABLES(bf16)
 /* Whether the instruction set of that name (NULL = the best here) has bf16 products. */
 bool tb_cpu_has_bf16(const char *isa);
 
-/* At least that many bytes of scratch memory, contents undefined; aborts when there is none. Growth
- * counts as memory in use, but is never refused: it is small beside what the caller has counted,
- * and what is allocated next makes room for both. Any thread of the team. */
-void *tb_scratch_get(struct tb_scratch *s, size_t bytes);
+/* At least that many bytes of scratch memory, contents undefined; aborts when fewer were lent. Any
+ * thread of the team. */
+void *tb_scratch_get(const struct tb_scratch *s, size_t bytes);
 
 /* 64-byte aligned, huge pages for big blocks; NULL when there is none left. */
 void *tb_cpu_alloc(size_t bytes);

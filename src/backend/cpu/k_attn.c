@@ -7,7 +7,8 @@
  */
 #include "backend/cpu/attn.h"
 
-#define TASK_ROWS 96 /* query rows (positions x heads of a group) of a task, about */
+#define TASK_ROWS  96 /* query rows (positions x heads of a group) of a task, about */
+#define MANY_PAGES 64 /* of training sequences that are packed at once, if they are several */
 
 struct attn {
     const struct tb_attn_shape *s;
@@ -66,7 +67,7 @@ static void pack_task(void *arg, int task, int thread)
     }
 }
 
-/* A task's rows. */
+/* A task's rows, in the thread's memory. */
 struct rows_state {
     int n;          /* query rows */
     int block_keys; /* keys of this block that some row sees */
@@ -76,6 +77,28 @@ struct rows_state {
     float *m, *sum; /* [n] running maximum and sum */
     act_t *q;       /* [n][hdw words] */
 };
+
+/* Lays the memory of r->n rows out and returns its size; with mem NULL only counts. */
+static size_t lay_out(struct rows_state *r, const struct layout *l, char *mem)
+{
+    size_t rows = (size_t)r->n, o_bytes = rows * l->hdv * 4, s_bytes = rows * BLOCK * 4;
+    size_t q_bytes = round_up(rows * (size_t)l->hdw * 4, 64), m_bytes = round_up(rows * 4, 64);
+    size_t bytes = o_bytes + 2 * s_bytes + q_bytes + 2 * m_bytes;
+    if (!mem) return bytes;
+    r->o = (float *)(void *)mem;
+    r->s = (float *)(void *)(mem + o_bytes);
+    r->p = (act_t *)(void *)(mem + o_bytes + s_bytes);
+    r->q = (act_t *)(void *)(mem + o_bytes + 2 * s_bytes);
+    r->m = (float *)(void *)(mem + o_bytes + 2 * s_bytes + q_bytes);
+    r->sum = (float *)(void *)(mem + o_bytes + 2 * s_bytes + q_bytes + m_bytes);
+    return bytes;
+}
+
+/* Query positions of a task. */
+static int q_block_of(const struct tb_attn_shape *s)
+{
+    return imax(1, TASK_ROWS / (s->n_head / s->n_kv_head));
+}
 
 /* Scores of keys [key0, key0 + BLOCK) to probabilities for the row at pos; rescales what was
  * summed. */
@@ -158,15 +181,7 @@ static void attn_task(void *arg, int task, int thread)
     int h = local % a->s->n_kv_head, first = local / a->s->n_kv_head * a->q_block;
     int n = imin(a->q_block, sq->n - first), pos0 = sq->pos + first, end = pos0 + n;
     struct rows_state r = {.n = n * a->group};
-    size_t rows = (size_t)r.n, o_bytes = rows * a->l.hdv * 4, s_bytes = rows * BLOCK * 4;
-    size_t q_bytes = round_up(rows * (size_t)a->l.hdw * 4, 64), m_bytes = round_up(rows * 4, 64);
-    char *mem = tb_scratch_get(&a->cpu->own[thread], o_bytes + 2 * s_bytes + q_bytes + 2 * m_bytes);
-    r.o = (float *)(void *)mem;
-    r.s = (float *)(void *)(mem + o_bytes);
-    r.p = (act_t *)(void *)(mem + o_bytes + s_bytes);
-    r.q = (act_t *)(void *)(mem + o_bytes + 2 * s_bytes);
-    r.m = (float *)(void *)(mem + o_bytes + 2 * s_bytes + q_bytes);
-    r.sum = (float *)(void *)(mem + o_bytes + 2 * s_bytes + q_bytes + m_bytes);
+    lay_out(&r, &a->l, tb_scratch_get(&a->cpu->own[thread], lay_out(&r, &a->l, NULL)));
     load_queries(a, &r, sq, first, h);
     for (int key0 = first_key(a->s->window, pos0) / BLOCK * BLOCK; key0 < end; key0 += BLOCK) {
         const uint32_t *kp[BLOCK_PAGES], *vp[BLOCK_PAGES];
@@ -202,43 +217,59 @@ static void attn_task(void *arg, int task, int thread)
     store_rows(a, &r, sq, first, h);
 }
 
+/* Pages that a sequence's own rows are packed into. */
+static size_t own_pages(const struct tb_attn_seq *sq)
+{
+    return sq->pages ? 0 : ((size_t)sq->n + PAGE - 1) / PAGE;
+}
+
+/* The sequences from the first on whose pages are packed at once; returns how many. */
+static int attend(struct attn *a)
+{
+    struct tb_cpu *c = a->cpu;
+    int nk = a->s->n_kv_head, n = 0;
+    size_t list = (size_t)a->n_seqs + 1;
+    char *mem = tb_scratch_get(&c->shared[0], list * (sizeof(size_t) + sizeof(int)));
+    a->page_at = (size_t *)(void *)mem;
+    a->first_task = (int *)(void *)(mem + list * sizeof(size_t));
+    a->page_at[0] = 0;
+    a->first_task[0] = 0;
+    for (; n < a->n_seqs; n++) {
+        size_t pages = a->page_at[n] + own_pages(&a->seqs[n]);
+        if (n && pages > MANY_PAGES) break;
+        a->page_at[n + 1] = pages;
+        a->first_task[n + 1] = a->first_task[n] + (a->seqs[n].n + a->q_block - 1) / a->q_block * nk;
+    }
+    a->n_seqs = n;
+    size_t pages = a->page_at[n];
+    if (pages) {
+        a->scratch = tb_scratch_get(&c->shared[1], pages * (size_t)nk * a->l.words * 4);
+        tb_team_run(c->team, pack_task, a, (int)pages);
+    }
+    tb_team_run(c->team, attn_task, a, a->first_task[n]);
+    return n;
+}
+
 static void attention(struct tb_backend *be, const struct tb_attn_shape *s,
                       const struct tb_attn_seq *seqs, int n_seqs, const void *q, const void *k,
                       const void *v, const void *kv_pages, void *out, float *lse)
 {
-    struct tb_cpu *c = tb_cpu(be);
     struct attn a = {.s = s,
-                     .seqs = seqs,
-                     .n_seqs = n_seqs,
                      .l = layout_of(s),
+                     .group = s->n_head / s->n_kv_head,
+                     .q_block = q_block_of(s),
                      .q = q,
                      .k = k,
                      .v = v,
                      .pool = (uint32_t *)(uintptr_t)kv_pages,
                      .out = out,
                      .lse = lse,
-                     .cpu = c};
-    if (n_seqs <= 0) return;
-    a.group = s->n_head / s->n_kv_head;
-    a.q_block = imax(1, TASK_ROWS / a.group);
-    size_t list = (size_t)n_seqs + 1;
-    char *mem = tb_scratch_get(&c->shared[1], list * (sizeof(size_t) + sizeof(int)));
-    a.page_at = (size_t *)(void *)mem;
-    a.first_task = (int *)(void *)(mem + list * sizeof(size_t));
-    a.page_at[0] = 0;
-    a.first_task[0] = 0;
-    for (int i = 0; i < n_seqs; i++) {
-        size_t own = seqs[i].pages ? 0 : ((size_t)seqs[i].n + PAGE - 1) / PAGE;
-        a.page_at[i + 1] = a.page_at[i] + own;
-        a.first_task[i + 1] =
-            a.first_task[i] + (seqs[i].n + a.q_block - 1) / a.q_block * s->n_kv_head;
+                     .cpu = tb_cpu(be)};
+    for (int first = 0; first < n_seqs;) {
+        a.seqs = seqs + first;
+        a.n_seqs = n_seqs - first;
+        first += attend(&a);
     }
-    size_t pages = a.page_at[n_seqs];
-    if (pages) {
-        a.scratch = tb_scratch_get(&c->shared[2], pages * (size_t)s->n_kv_head * a.l.words * 4);
-        tb_team_run(c->team, pack_task, &a, (int)pages);
-    }
-    tb_team_run(c->team, attn_task, &a, a.first_task[n_seqs]);
 }
 
 /* ---- the page pool */
@@ -311,6 +342,18 @@ static void kv_write(struct tb_backend *be, const struct tb_attn_shape *s,
         return;
     }
     tb_team_run(tb_cpu(be)->team, write_task, &w, n_seqs * s->n_kv_head);
+}
+
+/* No more sequences than rows. */
+void K(attn_needs)(const struct tb_pass_size *size, struct tb_needs *n)
+{
+    const struct tb_attn_shape *s = &size->attn;
+    struct layout l = layout_of(s);
+    struct rows_state r = {.n = q_block_of(s) * (s->n_head / s->n_kv_head)};
+    int pages = imax(MANY_PAGES, (size->rows + PAGE - 1) / PAGE);
+    tb_need(&n->own, lay_out(&r, &l, NULL));
+    tb_need(&n->shared[0], ((size_t)size->rows + 1) * (sizeof(size_t) + sizeof(int)));
+    tb_need(&n->shared[1], (size_t)pages * (size_t)s->n_kv_head * l.words * 4);
 }
 
 void K(attn_ops)(struct tb_backend_ops *o)

@@ -1,12 +1,13 @@
 /*
  * The gradient of causal attention, fast. One task is one kv head of one sequence: it walks the
- * query heads of the group, the queries in blocks and the keys in blocks, always in the same order,
- * and is the only one that adds to its dk and dv. P and dS are rounded to the activation type
- * before they are multiplied.
+ * keys in chunks, the query heads of the group, the queries in blocks and the chunk's keys in
+ * blocks, always in the same order, and is the only one that adds to its dk and dv. P and dS are
+ * rounded to the activation type before they are multiplied.
  */
 #include "backend/cpu/attn.h"
 
-#define QB BLOCK /* queries of a step */
+#define QB    BLOCK /* queries of a step */
+#define CHUNK 512   /* keys that are packed at once; whole steps */
 
 struct bwd {
     const struct tb_attn_shape *s;
@@ -20,7 +21,7 @@ struct bwd {
 
 /* A task's memory. Row strides: S, dP, P, dS are [QB][BLOCK]; transposed ones [BLOCK][QB]. */
 struct work {
-    uint32_t *k_keys, *v_keys, *k_vals; /* the sequence packed three ways */
+    uint32_t *k_keys, *v_keys, *k_vals; /* a chunk of keys packed three ways */
     float *dk, *dv;                     /* [keys][hdv] sums */
     act_t *q, *o;                       /* [QB][hdw words] queries, dout */
     uint32_t *q_vals, *o_vals;          /* [QB / KP][hdv] */
@@ -29,6 +30,12 @@ struct work {
     float lse[QB], delta[QB];
 };
 
+static void copy_rows(const float *src, size_t ld_src, float *dst, size_t ld_dst, int n, int hd)
+{
+    for (int i = 0; i < n; i++)
+        memcpy(dst + (size_t)i * ld_dst, src + (size_t)i * ld_src, (size_t)hd * sizeof(float));
+}
+
 static char *carve(char *mem, size_t *at, size_t bytes)
 {
     char *p = mem ? mem + *at : NULL;
@@ -36,7 +43,7 @@ static char *carve(char *mem, size_t *at, size_t bytes)
     return p;
 }
 
-/* Lays the memory out and returns its size; with mem NULL only counts. */
+/* Lays the memory for n keys out and returns its size; with mem NULL only counts. */
 static size_t lay_out(struct work *w, const struct layout *l, int n, char *mem)
 {
     size_t keys = round_up((size_t)n, BLOCK), row = (size_t)l->hdw * 4, hdv = l->hdv * 4, at = 0;
@@ -60,11 +67,12 @@ static size_t lay_out(struct work *w, const struct layout *l, int n, char *mem)
 }
 
 /* Queries [first, first + n) of head h: packed both ways, with dout, its dot product with out, and
- * lse. */
+ * lse; and dq so far, if some. */
 static void load_block(const struct bwd *b, struct work *w, const struct tb_attn_seq *sq, int first,
-                       int n, int h)
+                       int n, int h, bool some)
 {
     size_t hd = (size_t)b->l.hd, ld = (size_t)b->l.hdw * KP, ld_q = (size_t)b->s->n_head * hd;
+    size_t at = (size_t)(sq->row + first) * ld_q + (size_t)h * hd;
     memset(w->q_vals, 0, QB / KP * b->l.hdv * 4);
     memset(w->o_vals, 0, QB / KP * b->l.hdv * 4);
     for (int i = 0; i < n; i++) {
@@ -84,10 +92,10 @@ static void load_block(const struct bwd *b, struct work *w, const struct tb_attn
         w->delta[i] = vf_hsum(delta);
         w->lse[i] = b->lse[row];
     }
-    pack_values(&b->l, b->q + ((size_t)(sq->row + first) * ld_q + (size_t)h * hd), ld_q, n,
-                w->q_vals);
+    pack_values(&b->l, b->q + at, ld_q, n, w->q_vals);
     pack_values(&b->l, w->o, ld, n, w->o_vals);
     memset(w->dq, 0, (size_t)n * b->l.hdv * 4);
+    if (some) copy_rows(b->dq + at, ld_q, w->dq, b->l.hdv, n, b->l.hd);
 }
 
 /* Words of rows i, i + 1 (KP of them) of src, transposed: dst[key][QB] activations. */
@@ -150,7 +158,8 @@ static void row_grad(const struct bwd *b, struct work *w, int i, int lo, int hi)
     }
 }
 
-/* Queries [first, first + n) against keys [key0, key0 + keys). */
+/* Queries [first, first + n) against keys [key0, key0 + keys) of the chunk; positions count from
+ * its first. */
 static void block_pair(const struct bwd *b, struct work *w, int first, int n, int key0, int keys)
 {
     const uint32_t *kp[BLOCK_PAGES], *vp[BLOCK_PAGES];
@@ -176,10 +185,18 @@ static void block_pair(const struct bwd *b, struct work *w, int first, int n, in
                w->dq);
 }
 
-static void copy_rows(const float *src, size_t ld_src, float *dst, size_t ld_dst, int n, int hd)
+/* Queries [first, first + n) of head h against the keys [base, base + keys) that they see. */
+static void query_block(const struct bwd *b, struct work *w, const struct tb_attn_seq *sq, int h,
+                        int first, int n, int base, int keys)
 {
-    for (int i = 0; i < n; i++)
-        memcpy(dst + (size_t)i * ld_dst, src + (size_t)i * ld_src, (size_t)hd * sizeof(float));
+    size_t hd = (size_t)b->l.hd, ld = (size_t)b->s->n_head * hd;
+    int key0 = first_key(b->s->window, first) / BLOCK * BLOCK, end = imin(first + n, base + keys);
+    if (key0 >= end) return;
+    load_block(b, w, sq, first, n, h, key0 < base);
+    for (key0 = imax(key0, base); key0 < end; key0 += BLOCK)
+        block_pair(b, w, first - base, n, key0 - base, imin(BLOCK, base + keys - key0));
+    copy_rows(w->dq, b->l.hdv, b->dq + (size_t)(sq->row + first) * ld + (size_t)h * hd, ld, n,
+              b->l.hd);
 }
 
 static void bwd_task(void *arg, int task, int thread)
@@ -188,37 +205,29 @@ static void bwd_task(void *arg, int task, int thread)
     int nk = b->s->n_kv_head, h = task % nk, group = b->s->n_head / nk;
     const struct tb_attn_seq *sq = b->seqs + task / nk;
     const struct layout *l = &b->l;
-    int n = sq->n;
-    size_t hd = (size_t)l->hd, ld = (size_t)nk * hd, at = (size_t)sq->row * ld + (size_t)h * hd;
-    size_t keys_bytes = round_up((size_t)n, BLOCK) * l->hdv * 4;
+    size_t hd = (size_t)l->hd, ld = (size_t)nk * hd;
     struct work w;
-    if (n <= 0) return;
-    size_t bytes = lay_out(&w, l, n, NULL);
-    lay_out(&w, l, n, tb_scratch_get(&b->cpu->own[thread], bytes));
-    for (int p = 0; p * PAGE < n; p++) {
-        size_t row = at + (size_t)(p * PAGE) * ld;
-        pack_keys(l, b->k + row, ld, imin(PAGE, n - p * PAGE), w.k_keys + (size_t)p * l->k_words);
-        pack_keys(l, b->v + row, ld, imin(PAGE, n - p * PAGE), w.v_keys + (size_t)p * l->k_words);
-    }
-    pack_values(l, b->k + at, ld, n, w.k_vals);
-    memset(w.dk, 0, keys_bytes);
-    memset(w.dv, 0, keys_bytes);
-    for (int g = 0; g < group; g++) {
-        int head = h * group + g;
-        for (int first = 0; first < n; first += QB) {
-            int rows = imin(QB, n - first);
-            load_block(b, &w, sq, first, rows, head);
-            for (int key0 = first_key(b->s->window, first) / BLOCK * BLOCK; key0 < first + rows;
-                 key0 += BLOCK)
-                block_pair(b, &w, first, rows, key0, imin(BLOCK, n - key0));
-            copy_rows(w.dq, l->hdv,
-                      b->dq +
-                          ((size_t)(sq->row + first) * (size_t)b->s->n_head + (size_t)head) * hd,
-                      (size_t)b->s->n_head * hd, rows, l->hd);
+    if (sq->n <= 0) return;
+    size_t bytes = lay_out(&w, l, imin(CHUNK, sq->n), NULL);
+    lay_out(&w, l, imin(CHUNK, sq->n), tb_scratch_get(&b->cpu->own[thread], bytes));
+    for (int base = 0; base < sq->n; base += CHUNK) {
+        int n = imin(CHUNK, sq->n - base);
+        size_t at = (size_t)(sq->row + base) * ld + (size_t)h * hd;
+        size_t sum_bytes = round_up((size_t)n, BLOCK) * l->hdv * 4;
+        for (int p = 0; p * PAGE < n; p++) {
+            size_t row = at + (size_t)(p * PAGE) * ld, dst = (size_t)p * l->k_words;
+            pack_keys(l, b->k + row, ld, imin(PAGE, n - p * PAGE), w.k_keys + dst);
+            pack_keys(l, b->v + row, ld, imin(PAGE, n - p * PAGE), w.v_keys + dst);
         }
+        pack_values(l, b->k + at, ld, n, w.k_vals);
+        memset(w.dk, 0, sum_bytes);
+        memset(w.dv, 0, sum_bytes);
+        for (int head = h * group; head < (h + 1) * group; head++)
+            for (int first = base; first < sq->n; first += QB)
+                query_block(b, &w, sq, head, first, imin(QB, sq->n - first), base, n);
+        copy_rows(w.dk, l->hdv, b->dk + at, ld, n, l->hd);
+        copy_rows(w.dv, l->hdv, b->dv + at, ld, n, l->hd);
     }
-    copy_rows(w.dk, l->hdv, b->dk + at, ld, n, l->hd);
-    copy_rows(w.dv, l->hdv, b->dv + at, ld, n, l->hd);
 }
 
 static void attention_bwd(struct tb_backend *be, const struct tb_attn_shape *s,
@@ -229,6 +238,13 @@ static void attention_bwd(struct tb_backend *be, const struct tb_attn_shape *s,
     struct tb_cpu *c = tb_cpu(be);
     struct bwd b = {s, seqs, layout_of(s), q, k, v, out, lse, dout, dq, dk, dv, c};
     tb_team_run(c->team, bwd_task, &b, n_seqs * s->n_kv_head);
+}
+
+void K(attn_bwd_needs)(const struct tb_pass_size *size, struct tb_needs *n)
+{
+    struct layout l = layout_of(&size->attn);
+    struct work w;
+    tb_need(&n->own, lay_out(&w, &l, CHUNK, NULL));
 }
 
 void K(attn_bwd_ops)(struct tb_backend_ops *o)

@@ -232,6 +232,11 @@ static int32_t draw_filtered(const float *z, int V, float top, const struct tb_d
     return last.id;
 }
 
+static size_t room_bytes(size_t V)
+{
+    return V * (3 * sizeof(struct cand) + sizeof(float));
+}
+
 static void draw_task(void *arg, int t, int thread)
 {
     const struct draw *a = arg;
@@ -244,7 +249,7 @@ static void draw_task(void *arg, int t, int thread)
         a->tokens[t] = best;
     } else if ((d->top_k > 0 && d->top_k < a->V) || d->top_p < 1 || d->min_p > 0) {
         size_t V = (size_t)a->V;
-        struct cand *c = tb_scratch_get(&a->cpu->own[thread], V * (3 * sizeof(*c) + sizeof(float)));
+        struct cand *c = tb_scratch_get(&a->cpu->own[thread], room_bytes(V));
         struct room r = {(float *)(void *)(c + 3 * V), c, c + V, c + 2 * V};
         a->tokens[t] = draw_filtered(z, a->V, top, d, inv_t, &r);
     } else {
@@ -257,6 +262,11 @@ static void draw(struct tb_backend *be, const float *logits, int T, int V, int l
 {
     struct draw a = {logits, draws, tokens, V, (size_t)ldv, tb_cpu(be)};
     tb_team_run(a.cpu->team, draw_task, &a, T);
+}
+
+void K(draw_needs)(const struct tb_pass_size *size, struct tb_needs *n)
+{
+    tb_need(&n->own, room_bytes((size_t)size->vocab));
 }
 
 void K(draw_ops)(struct tb_backend_ops *o)

@@ -438,12 +438,15 @@ static void sum_squares_flat(const void *arg, size_t first, size_t n)
 
 static double sum_squares(struct tb_backend *be, const float *g, size_t n)
 {
-    size_t pieces = (n + PIECE - 1) / PIECE;
-    double *part = tb_scratch_get(&tb_cpu(be)->shared[0], (pieces + 1) * sizeof(double)), s = 0;
-    struct pair p = {g, part};
-    for_flat(be, sum_squares_flat, &p, n);
-    for (size_t i = 0; i < pieces; i++)
-        s += part[i];
+    enum { PIECES = 2048 };
+    double part[PIECES], s = 0;
+    for (size_t first = 0; first < n; first += (size_t)PIECES * PIECE) {
+        size_t left = n - first, m = left < (size_t)PIECES * PIECE ? left : (size_t)PIECES * PIECE;
+        struct pair p = {g + first, part};
+        for_flat(be, sum_squares_flat, &p, m);
+        for (size_t i = 0; i * PIECE < m; i++)
+            s += part[i];
+    }
     return s;
 }
 

@@ -41,9 +41,9 @@ struct lora {
 };
 
 /* Joins neighbouring spans of one module and cuts the runs into tasks of at most chunk rows. */
-static void make_runs(struct lora *l, struct tb_scratch *mem, int chunk, int tasks_per_chunk)
+static void make_runs(struct lora *l, int chunk, int tasks_per_chunk)
 {
-    l->runs = tb_scratch_get(mem, (size_t)imax(1, l->n_spans) * sizeof(*l->runs));
+    l->runs = tb_scratch_get(&l->cpu->shared[0], (size_t)l->n_spans * sizeof(*l->runs));
     l->n_runs = l->n_tasks = 0;
     for (int i = 0; i < l->n_spans; i++) {
         const struct tb_lora_span *s = l->spans + i;
@@ -190,7 +190,7 @@ static void lora_down(struct tb_backend *be, const struct tb_lora_span *s, int n
                      .v = u,
                      .ldv = (size_t)ldu,
                      .cpu = c};
-    make_runs(&l, &c->shared[1], DOWN_ROWS, 1);
+    make_runs(&l, DOWN_ROWS, 1);
     tb_team_run(c->team, down_task, &l, l.n_tasks);
 }
 
@@ -203,11 +203,10 @@ static void rank_panel(const struct lora *l, const struct run *run, int row, int
 {
     int rank = run->mat->rank, kw = words(rank), width = up ? l->n_out : l->n_in;
     int col = panel * NW, cols = imin(NW, width - col);
-    size_t panel_bytes = (size_t)kw * NW * 4, pad = (size_t)kw * KP * sizeof(act_t);
-    char *mem = tb_scratch_get(&l->cpu->own[thread], panel_bytes + pad * (NW + ROWS_CHUNK));
+    char *mem = tb_scratch_get(&l->cpu->own[thread], rank_bytes(rank));
     uint32_t *b = (uint32_t *)(void *)mem;
-    act_t *tmp_b = (act_t *)(void *)(mem + panel_bytes),
-          *tmp_u = (act_t *)(void *)(mem + panel_bytes + pad * NW);
+    act_t *tmp_b = (act_t *)(void *)(mem + rank_panel_bytes(rank)),
+          *tmp_u = tmp_b + (size_t)kw * KP * NW;
     if (up && n <= 16) { /* the time goes into fetching B: the panel after the next */
         const char *next =
             (const char *)run->mat->b + (size_t)(col + 2 * NW) * (size_t)rank * sizeof(act_t);
@@ -266,29 +265,41 @@ static void lora_up(struct tb_backend *be, const struct tb_lora_span *s, int n_s
                      .ldy = (size_t)ldy,
                      .cpu = c,
                      .n_panels = (n_out + NW - 1) / NW};
-    make_runs(&l, &c->shared[1], ROWS_CHUNK, (l.n_panels + PANELS_EACH - 1) / PANELS_EACH);
+    make_runs(&l, ROWS_CHUNK, (l.n_panels + PANELS_EACH - 1) / PANELS_EACH);
     tb_team_run(c->team, up_task, &l, l.n_tasks);
+}
+
+/* A thread's memory for it: a block of B, and of n rows the sums and the block's columns. */
+#define DU_BLOCK 1024
+struct du {
+    size_t ld, pack_bytes, sum_bytes, bytes;
+};
+static struct du du_of(int rank, int n)
+{
+    struct du d = {.ld = round_up((size_t)rank, VW)};
+    d.pack_bytes = DU_BLOCK / KP * d.ld * 4;
+    d.sum_bytes = (size_t)n * d.ld * 4;
+    d.bytes = d.pack_bytes + d.sum_bytes + (size_t)n * DU_BLOCK * sizeof(act_t);
+    return d;
 }
 
 /* du = scale * dy B for a chunk of rows: B packed in blocks of its rows. */
 static void du_task(void *arg, int task, int thread)
 {
-    enum { KB = 1024 };
     const struct lora *l = arg;
     const struct run *run = run_of(l, task);
     int row = run->row + (task - run->first_task) * run->chunk,
         n = imin(run->chunk, run->row + run->n - row);
     int rank = run->mat->rank;
-    size_t ld = round_up((size_t)rank, VW), kb = KB;
-    size_t pack_bytes = kb / KP * ld * 4, c_bytes = (size_t)n * ld * 4;
-    char *mem =
-        tb_scratch_get(&l->cpu->own[thread], pack_bytes + c_bytes + (size_t)n * kb * sizeof(act_t));
+    struct du d = du_of(rank, n);
+    size_t ld = d.ld;
+    char *mem = tb_scratch_get(&l->cpu->own[thread], d.bytes);
     uint32_t *b = (uint32_t *)(void *)mem;
-    float *sum = (float *)(void *)(mem + pack_bytes);
-    act_t *tmp = (act_t *)(void *)(mem + pack_bytes + c_bytes);
-    memset(sum, 0, c_bytes);
-    for (int k = 0; k < l->n_out; k += KB) {
-        int kn = imin(KB, l->n_out - k), kw = words(kn);
+    float *sum = (float *)(void *)(mem + d.pack_bytes);
+    act_t *tmp = (act_t *)(void *)(mem + d.pack_bytes + d.sum_bytes);
+    memset(sum, 0, d.sum_bytes);
+    for (int k = 0; k < l->n_out; k += DU_BLOCK) {
+        int kn = imin(DU_BLOCK, l->n_out - k), kw = words(kn);
         pack_cols((const act_t *)run->mat->b + (size_t)k * (size_t)rank, (size_t)rank, kn, rank, b,
                   ld);
         struct mk m = {
@@ -303,9 +314,9 @@ static void du_task(void *arg, int task, int thread)
     }
     vf scale = vf_set1(run->mat->scale);
     for (int r = 0; r < n; r++) {
-        act_t *d = l->v + (size_t)(row + r) * l->ldv;
+        act_t *du = l->v + (size_t)(row + r) * l->ldv;
         for (int j = 0; j < rank; j += VW)
-            va_storen(d + j, vf_mul(scale, vf_load(sum + (size_t)r * ld + j)), imin(VW, rank - j));
+            va_storen(du + j, vf_mul(scale, vf_load(sum + (size_t)r * ld + j)), imin(VW, rank - j));
     }
 }
 
@@ -331,6 +342,13 @@ static bool wants(const struct tb_lora_span *s, bool up)
     return s->n > 0 && (up ? s->gb : s->ga) != NULL;
 }
 
+/* A thread's: a panel of words, and sums. */
+#define GRAD_PACK_BYTES ((size_t)(GRAD_ROWS / KP) * NW * 4)
+static size_t grad_bytes(int rank)
+{
+    return GRAD_PACK_BYTES + round_up((size_t)rank, VW) * NW * 4;
+}
+
 /* One panel of columns of every span's gradient: gb^T (up) or ga. */
 static void grad_task(const struct lora *l, int panel, int thread, bool up)
 {
@@ -339,12 +357,10 @@ static void grad_task(const struct lora *l, int panel, int thread, bool up)
     int max_rank = 1;
     for (int i = 0; i < l->n_spans; i++)
         if (wants(l->spans + i, up)) max_rank = imax(max_rank, l->spans[i].mat->rank);
-    size_t pack_bytes = (size_t)(GRAD_ROWS / KP) * NW * 4,
-           sum_rows = round_up((size_t)max_rank, VW);
-    char *mem = tb_scratch_get(&l->cpu->own[thread], pack_bytes + sum_rows * NW * 4);
+    char *mem = tb_scratch_get(&l->cpu->own[thread], grad_bytes(max_rank));
     uint32_t *b = (uint32_t *)(void *)mem;
     const uint32_t *page = b;
-    float *sum = (float *)(void *)(mem + pack_bytes);
+    float *sum = (float *)(void *)(mem + GRAD_PACK_BYTES);
     for (int i = 0; i < l->n_spans; i++) {
         const struct tb_lora_span *s = l->spans + i;
         if (!wants(s, up)) continue;
@@ -402,7 +418,7 @@ static void gb_task(void *arg, int task, int thread)
 static void gradients(struct lora *l, bool up)
 {
     struct tb_cpu *c = l->cpu;
-    l->t_at = tb_scratch_get(&c->shared[2], (size_t)imax(1, l->n_spans) * sizeof(size_t));
+    l->t_at = tb_scratch_get(&c->shared[1], (size_t)l->n_spans * sizeof(size_t));
     size_t total = 0;
     bool any = false;
     for (int i = 0; i < l->n_spans; i++) {
@@ -412,7 +428,7 @@ static void gradients(struct lora *l, bool up)
         any = any || wants(l->spans + i, up);
     }
     if (!any) return;
-    l->t = tb_scratch_get(&c->shared[3], total * sizeof(act_t));
+    l->t = tb_scratch_get(&c->shared[2], total * sizeof(act_t));
     tb_team_run(c->team, transpose_span_task, l, l->n_spans);
     int width = up ? l->n_out : l->n_in;
     tb_team_run(c->team, up ? gb_task : ga_task, l, (width + NW - 1) / NW);
@@ -432,7 +448,7 @@ static void lora_up_bwd(struct tb_backend *be, const struct tb_lora_span *s, int
                      .ldu = (size_t)ldu,
                      .ldv = (size_t)ldu,
                      .cpu = c};
-    make_runs(&l, &c->shared[1], ROWS_CHUNK, 1);
+    make_runs(&l, ROWS_CHUNK, 1);
     tb_team_run(c->team, du_task, &l, l.n_tasks);
     gradients(&l, true);
 }
@@ -454,10 +470,22 @@ static void lora_down_bwd(struct tb_backend *be, const struct tb_lora_span *s, i
                      .cpu = c,
                      .n_panels = (n_in + NW - 1) / NW};
     if (dx) {
-        make_runs(&l, &c->shared[1], ROWS_CHUNK, (l.n_panels + PANELS_EACH - 1) / PANELS_EACH);
+        make_runs(&l, ROWS_CHUNK, (l.n_panels + PANELS_EACH - 1) / PANELS_EACH);
         tb_team_run(c->team, down_bwd_task, &l, l.n_tasks);
     }
     gradients(&l, false);
+}
+
+/* No more spans than rows. */
+void K(lora_needs)(const struct tb_pass_size *size, struct tb_needs *n)
+{
+    size_t rows = (size_t)size->rows;
+    tb_need(&n->own, rank_bytes(size->rank));
+    tb_need(&n->own, du_of(size->rank, ROWS_CHUNK).bytes);
+    tb_need(&n->own, grad_bytes(size->rank));
+    tb_need(&n->shared[0], rows * sizeof(struct run));
+    tb_need(&n->shared[1], rows * sizeof(size_t));
+    tb_need(&n->shared[2], rows * KP * (size_t)size->rank * sizeof(act_t));
 }
 
 void K(lora_ops)(struct tb_backend_ops *o)

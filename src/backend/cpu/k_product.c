@@ -26,7 +26,7 @@ struct pack {
     const enum tb_dtype *dtypes;
     const int *rows;
     int n_parts;
-    struct tb_cpu *cpu;
+    act_t *even; /* forward: NW rows of the source in whole words, for each thread */
     uint32_t *dst;
 };
 
@@ -51,7 +51,7 @@ static void pack_fwd_task(void *arg, int task, int thread)
     const struct pack *p = arg;
     int n_in = p->w->n_in, kw = words(n_in), first = task * NW;
     size_t ld = (size_t)kw * KP;
-    act_t *rows = tb_scratch_get(&p->cpu->own[thread], ld * NW * sizeof(act_t));
+    act_t *rows = p->even + (size_t)thread * ld * NW;
     int n = imin(NW, p->w->n_out - first);
     for (int r = 0; r < n; r++) {
         rows[(size_t)r * ld + ld - 1] = 0;
@@ -93,9 +93,16 @@ static void *pack(struct tb_cpu *cpu, const struct tb_weight *w, bool bwd, int n
     int outs = bwd ? w->n_in : w->n_out, kw = words(bwd ? w->n_out : w->n_in);
     int panels = (outs + NW - 1) / NW;
     *bytes = (size_t)panels * (size_t)kw * NW * 4;
-    struct pack p = {w, parts, dtypes, rows, n_parts, cpu, tb_cpu_take(&cpu->be, *bytes)};
+    size_t even_bytes = bwd ? 0 : (size_t)cpu->be.n_threads * (size_t)kw * NW * 4;
+    struct pack p = {w, parts, dtypes, rows, n_parts, .dst = tb_cpu_take(&cpu->be, *bytes)};
     if (!p.dst) return NULL;
+    p.even = tb_cpu_take(&cpu->be, even_bytes);
+    if (!p.even) {
+        tb_cpu_give(&cpu->be, p.dst, *bytes);
+        return NULL;
+    }
     tb_team_run(cpu->team, bwd ? pack_bwd_task : pack_fwd_task, &p, panels);
+    tb_cpu_give(&cpu->be, p.even, even_bytes);
     return p.dst;
 }
 
@@ -249,10 +256,9 @@ static void add_term(const struct product *p, const struct tb_lora_term *t, int 
             add_row_term(s->mat, (const act_t *)t->u + (size_t)first * (size_t)t->ldu, b0, c1 - c0,
                          p->y + (size_t)first * p->ldy + (size_t)c0))
             continue;
-        size_t panel_bytes = (size_t)kw * NW * 4, pad = (size_t)kw * KP * sizeof(act_t);
-        char *mem = tb_scratch_get(&p->cpu->own[thread], panel_bytes + pad * (NW + ROWS_CHUNK));
+        char *mem = tb_scratch_get(&p->cpu->own[thread], rank_bytes(rank));
         uint32_t *b = (uint32_t *)(void *)mem;
-        act_t *tmp = (act_t *)(void *)(mem + panel_bytes);
+        act_t *tmp = (act_t *)(void *)(mem + rank_panel_bytes(rank));
         if (packed != s->mat) pack_rows(b0, (size_t)rank, c1 - c0, rank, b, NW, tmp);
         packed = s->mat;
         const uint32_t *page = b;
@@ -281,6 +287,9 @@ static void add_terms(const struct product *p, int row, int n, int panel, int th
     }
 }
 
+/* The last block of rows whose length is no whole number of words. */
+#define TAIL_BYTES (KP > 1 ? ROWS_CHUNK * K_BLOCK * sizeof(act_t) : 0)
+
 /* One panel for rows [row, row + n). */
 static void product_panel(const struct product *p, int row, int n, int panel, int thread)
 {
@@ -290,7 +299,7 @@ static void product_panel(const struct product *p, int row, int n, int panel, in
     float *y = p->y + (size_t)row * p->ldy + (size_t)col;
     bool partial = cols < NW;
     if (p->bias) memcpy(bias, p->bias + col, (size_t)cols * sizeof(float));
-    struct mk m = {.lda = p->ldx, .ldb = NW, .c = y, .ldc = p->ldy, .bias = bias, .scale = 1.0f};
+    struct mk m = {.ldb = NW, .c = y, .ldc = p->ldy, .bias = bias, .scale = 1.0f};
     m.init = p->accumulate ? MK_ADD : p->bias ? MK_BIAS : MK_ZERO;
     if (partial) {
         m.c = edge;
@@ -311,6 +320,10 @@ static void product_panel(const struct product *p, int row, int n, int panel, in
         m.b = &b;
         m.kw = m.kw_page = imin(block, kw - k);
         m.a = p->x + (size_t)row * p->ldx + (size_t)k * KP;
+        m.lda = p->ldx;
+        if (p->n_k % KP && k + block >= kw)
+            m.a = even(p->x + (size_t)k * KP, p->ldx, row, n, p->n_k - k * KP,
+                       (act_t *)tb_scratch_get(&p->cpu->own[thread], TAIL_BYTES), &m.lda);
         bool behind = panel + 1 < p->n_panels || k + m.kw < kw;
         m.ahead = behind ? b + (size_t)m.kw * NW : NULL;
         K(mk_rows_wide)(&m, n);
@@ -361,26 +374,12 @@ static void add_terms_of_few(struct product *p)
     tb_team_run(p->cpu->team, term_task, p, n);
 }
 
-/* Rows whose length is no whole number of words, copied with zeros behind. */
-static const act_t *even_rows(struct tb_cpu *c, const act_t *x, int T, int n, size_t *ld)
-{
-    *ld = (size_t)n;
-    if (n % KP == 0) return x;
-    *ld = (size_t)words(n) * KP;
-    act_t *copy = tb_scratch_get(&c->shared[0], (size_t)T * *ld * sizeof(act_t));
-    for (int t = 0; t < T; t++) {
-        memcpy(copy + (size_t)t * *ld, x + (size_t)t * (size_t)n, (size_t)n * sizeof(act_t));
-        copy[(size_t)t * *ld + *ld - 1] = 0;
-    }
-    return copy;
-}
-
 static void product(struct tb_backend *be, struct product *p)
 {
     struct tb_cpu *c = tb_cpu(be);
     if (p->T <= 0) return;
     p->cpu = c;
-    p->x = even_rows(c, p->x, p->T, p->n_k, &p->ldx);
+    p->ldx = (size_t)p->n_k;
     p->n_panels = (p->n_out + NW - 1) / NW;
     int chunks = (p->T + ROWS_CHUNK - 1) / ROWS_CHUNK;
     p->rows = ((p->T + chunks - 1) / chunks + RMAX_WIDE - 1) / RMAX_WIDE * RMAX_WIDE;
@@ -428,6 +427,12 @@ static void matmul_bwd(struct tb_backend *be, const struct tb_weight *w, const v
                         .ldy = (size_t)ld_dx,
                         .accumulate = accumulate};
     product(be, &p);
+}
+
+void K(product_needs)(const struct tb_pass_size *size, struct tb_needs *n)
+{
+    tb_need(&n->own, rank_bytes(size->rank));
+    tb_need(&n->own, TAIL_BYTES);
 }
 
 void K(product_ops)(struct tb_backend_ops *o)

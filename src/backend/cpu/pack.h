@@ -10,6 +10,17 @@
 
 #define ROWS_CHUNK 192 /* the most rows of one task */
 
+/* A thread's memory for a product over the rank: a panel of words, and its rows and those of a task
+ * with zeros behind. */
+static inline size_t rank_panel_bytes(int rank)
+{
+    return (size_t)words(rank) * NW * 4;
+}
+static inline size_t rank_bytes(int rank)
+{
+    return rank_panel_bytes(rank) + (size_t)words(rank) * 4 * (NW + ROWS_CHUNK);
+}
+
 /* Packs n rows of k activations, row-major with no gap (ld_src == k), into words: dst[words of
  * k][ld]. */
 static inline void pack_rows(const act_t *src, size_t ld_src, int n, int k, uint32_t *dst,

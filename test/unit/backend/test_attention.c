@@ -16,6 +16,8 @@ static const struct shape shapes[] = {
 
 #define N_SEQS 6
 static const int lengths[N_SEQS] = {1, 70, 16, 33, 2, 65};
+/* More than the fast kernels pack at once: pages forward, keys backward. */
+static const int long_lengths[N_SEQS] = {5, 1090, 2, 0, 33, 64};
 
 struct batch {
     struct tb_attn_shape s;
@@ -25,13 +27,13 @@ struct batch {
     float *dout;
 };
 
-static void make(struct batch *b, enum tb_dtype act, const struct shape *sh)
+static void make(struct batch *b, enum tb_dtype act, const struct shape *sh, const int *n)
 {
     b->s = (struct tb_attn_shape){sh->nh, sh->nk, sh->hd, 1.0f / sqrtf((float)sh->hd), sh->window};
     b->T = 1; /* row 0 belongs to nobody */
     for (int i = 0; i < N_SEQS; i++) {
-        b->seqs[i] = (struct tb_attn_seq){.row = b->T, .n = lengths[i]};
-        b->T += lengths[i];
+        b->seqs[i] = (struct tb_attn_seq){.row = b->T, .n = n[i]};
+        b->T += n[i];
     }
     size_t nq = (size_t)(b->T * sh->nh * sh->hd), nkv = (size_t)(b->T * sh->nk * sh->hd);
     float *q = random_f32(nq);
@@ -52,13 +54,13 @@ static void drop(struct batch *b)
     free(b->dout);
 }
 
-static void check(const struct target *t, const struct shape *sh)
+static void check(const struct target *t, const struct shape *sh, const int *n)
 {
     struct tb_backend *ref = open_backend("plain", t->act, 1),
                       *be = open_backend(t->isa, t->act, 2);
     if (be) {
         struct batch b;
-        make(&b, t->act, sh);
+        make(&b, t->act, sh, n);
         size_t nq = (size_t)(b.T * sh->nh * sh->hd), nkv = (size_t)(b.T * sh->nk * sh->hd),
                nl = (size_t)(b.T * sh->nh);
         size_t esz = tb_dtype_size(t->act);
@@ -97,7 +99,15 @@ static void test_against_plain(void **state)
 {
     for (int i = 0; i < N_TARGETS; i++)
         for (int s = 0; s < N_SHAPES; s += STEP)
-            check(&targets[i], &shapes[s]);
+            check(&targets[i], &shapes[s], lengths);
+}
+
+static void test_long(void **state)
+{
+    static const struct shape few[] = {{4, 2, 16, 0}, {2, 1, 33, 1030}, {2, 2, 16, 20}};
+    for (int i = 0; i < N_TARGETS; i++)
+        for (int s = 0; s < 3; s += STEP)
+            check(&targets[i], &few[s], long_lengths);
 }
 
 static void test_gradient(void **state)
@@ -142,7 +152,7 @@ static void check_pages(const struct target *t, const struct shape *sh, int step
     struct tb_backend *be = open_backend(t->isa, t->act, 2);
     if (!be) return;
     struct batch b;
-    make(&b, t->act, sh);
+    make(&b, t->act, sh, lengths);
     size_t row_q = (size_t)(sh->nh * sh->hd), row_kv = (size_t)(sh->nk * sh->hd),
            esz = tb_dtype_size(t->act);
     size_t nq = (size_t)b.T * row_q, page = be->ops->kv_page_bytes(be, &b.s);
@@ -217,7 +227,7 @@ static void test_alone(void **state)
             enum tb_dtype act = targets[i].act;
             struct batch b;
             rng_state = 99;
-            make(&b, act, sh);
+            make(&b, act, sh, lengths);
             size_t nq = (size_t)(b.T * sh->nh * sh->hd), nkv = (size_t)(b.T * sh->nk * sh->hd);
             char *first = NULL;
             for (int threads = 1; threads <= 3; threads++) {
@@ -251,9 +261,8 @@ static void test_alone(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_against_plain),
-        cmocka_unit_test(test_gradient),
-        cmocka_unit_test(test_pages),
+        cmocka_unit_test(test_against_plain), cmocka_unit_test(test_long),
+        cmocka_unit_test(test_gradient),      cmocka_unit_test(test_pages),
         cmocka_unit_test(test_alone),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
