@@ -129,7 +129,7 @@ struct tb_backend_ops {
     void (*use)(struct tb_backend *be, enum tb_queue queue);
     /* Queues work by calling fn(arg), with what it asks for run as one unit where that is faster:
      * part of a step over `rows` sequences that advance by a row each, which neither waits nor
-     * hands anything to the host. fn may be called twice; it changes nothing on the host. */
+     * hands anything to the host. fn may be called several times; it changes nothing there. */
     void (*step)(struct tb_backend *be, int rows, void (*fn)(void *arg), void *arg);
 
     /* Lends the kernels memory of their own for calls within that size; it serves until the next is
