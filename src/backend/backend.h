@@ -281,8 +281,22 @@ struct tb_backend_ops {
                   const float *g, size_t n);
 };
 
+/* How much at a time suits a device: enough to keep it busy, and no more, as whoever comes next
+ * waits for the step that runs. A backend sets them when it is made; they may change before a model
+ * is loaded. No result depends on them. Where memory is short, steps are smaller. */
+struct tb_backend_sizes {
+    int train_rows;   /* of a training step, and of a micro-batch */
+    int prefill_rows; /* of a sampling step: rows of prompts, beside one a decoding sequence */
+    /* A micro-batch's activations: at most so many bytes, and one part of so many of the memory. */
+    size_t activation_bytes;
+    int activation_part;
+    size_t logits_bytes; /* held at once */
+    size_t kv_bytes;     /* of the KV pages of a model, unless they are asked for */
+};
+
 struct tb_backend {
     const struct tb_backend_ops *ops;
+    struct tb_backend_sizes sizes;
     const char *kind; /* of device, for people; backends of one kind and dtype give the same bits */
     int shard_tokens; /* of training ops, whose gradients depend on it (model.h); 0: no shards */
     enum tb_dtype act;

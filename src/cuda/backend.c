@@ -39,6 +39,29 @@ bool tb_cuda_ok(struct tb_cuda *c, cudaError_t e, const char *what)
     return !e && !c->lost.code && !c->capture_failed;
 }
 
+/* ---- sizes of steps */
+
+/* A product reads its weight once for all rows, so from some hundred rows on arithmetic bounds it;
+ * 2,048 also give every multiprocessor several tiles of a product as narrow as the residual stream,
+ * and each launch enough to do. More would gain little, and a sample that comes while a step trains
+ * waits for it: 8B takes 4 operations a parameter and row, 67 TFLOP, an eighth of a second at half
+ * a PFLOPS.
+ *
+ * 8B keeps 4.3 MB of activations a row: with them and a block of logits, a step takes 10 GiB, which
+ * is less than a sixth of what an 80 GB device lends. Smaller ones cut a step into micro-batches.
+ * The block holds the logits of nearly all rows of a step, but never more than a 64th of the
+ * memory, as training and sampling have one each. */
+static struct tb_backend_sizes sizes_of(size_t memory)
+{
+    const size_t least = (size_t)64 << 20, most = (size_t)1 << 30;
+    return (struct tb_backend_sizes){.train_rows = 2048,
+                                     .prefill_rows = 2048,
+                                     .activation_bytes = SIZE_MAX,
+                                     .activation_part = 6,
+                                     .logits_bytes = TB_MIN(TB_MAX(memory / 64, least), most),
+                                     .kv_bytes = SIZE_MAX};
+}
+
 /* ---- the device */
 
 static int open_device(struct tb_cuda *c, int device, struct tb_error *err)
@@ -86,6 +109,7 @@ static int open_pool(struct tb_cuda *c, size_t limit, struct tb_error *err)
         return tb_error_set(err, TB_ENOMEM, "CUDA device %d: %zu MiB cannot be had: %s", c->device,
                             bytes >> 20, cudaGetErrorString(e));
     c->be.mem_limit = bytes;
+    c->be.sizes = sizes_of(bytes);
     tb_log(TB_LOG_INFO, "cuda", "device %d (%s): %zu MiB of %zu MiB that are free%s", c->device,
            c->name, bytes >> 20, free_bytes >> 20,
            by_limit ? ""

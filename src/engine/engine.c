@@ -97,13 +97,18 @@ static int load_model(struct tb_model **out, const struct device *d, int n_besid
 {
     struct tb_model_options mo = {.max_rank = o->max_rank,
                                   .max_context = o->max_context,
-                                  .kv_bytes = d->be->mem_limit / 8 / (size_t)n_beside,
+                                  .kv_bytes = (size_t)o->kv_memory / (size_t)n_beside,
+                                  .kv_shares = n_beside,
                                   .pager = d->pager};
     uint64_t t0 = tb_clock_ms();
     int rc = tb_model_load(out, d->be, m->name, m->dir, &mo, err);
+    char of_kv[64] = "";
+    if (o->kv_memory)
+        snprintf(of_kv, sizeof(of_kv), ", %llu MiB of it for the KV cache (--kv-memory)",
+                 (unsigned long long)(o->kv_memory >> 20));
     if (rc == TB_ENOMEM)
-        tb_error_prefix(err, "the models do not fit into %zu MiB (--memory)",
-                        d->be->mem_limit >> 20);
+        tb_error_prefix(err, "the models do not fit into %zu MiB (--memory)%s",
+                        d->be->mem_limit >> 20, of_kv);
     if (rc) return rc;
     const struct tb_model_info *info = tb_model_info(*out);
     tb_log(TB_LOG_INFO, "engine", "loaded model=%s arch=%s weights_mb=%zu ms=%llu", m->name,

@@ -95,6 +95,7 @@ struct tb_engine_options {
     const char *backend, *dtype; /* as on the command line */
     int n_threads, max_rank, max_context;
     uint64_t memory;        /* of each device; 0 = what it has */
+    uint64_t kv_memory;     /* of it for KV pages, for its models in equal parts; 0 = a default */
     const char *paging_dir; /* where idle adapters go when memory is short; NULL: they stay */
     const int *devices;     /* GPUs to use (route.h says what goes where). None given: one */
     int n_devices;

@@ -54,6 +54,7 @@ static void lane_on_closed(uv_handle_t *h)
         tb_model_free(l->models[i]);
     tb_free(l->models);
     tb_free(l->sampling_scratch);
+    tb_free(l->parts);
     tb_pager_destroy(l->pager);
     if (l->be) l->be->ops->destroy(l->be);
     tb_mailbox_fini(&l->inbox);
@@ -144,6 +145,7 @@ int lane_create(struct tb_lane **out, uv_loop_t *loop, struct tb_backend *be,
     l->n_models = n_models;
     l->done = done;
     l->done_arg = arg;
+    l->parts = tb_malloc((size_t)be->sizes.train_rows * sizeof(*l->parts));
     lane_note_pages(l);
     lane_note_memory(l);
     *out = l;

@@ -92,6 +92,7 @@ struct tb_lane {
     size_t n_samples;
     struct tb_sampling **sampling_scratch; /* [sampling_cap] */
     size_t sampling_cap;
+    struct tb_train_part *parts;  /* [train_rows] of the step that is planned */
     bool new_samples;             /* some came since the last sampling step */
     int n_training;               /* tasks with memory for a gradient */
     uint64_t round;               /* full training steps */

@@ -25,15 +25,7 @@
 #include "util/log.h"
 #include "util/mem.h"
 
-/* Tokens of a training step: a micro-batch of the model, enough to keep the products efficient. A
- * longer datum is a step of its own. */
-#define STEP_TOKENS 512
-/* What an adapter may be ahead of the others: it lets ops of usual size end before the next begins.
- */
-#define QUANTUM_TOKENS 2048
-#define SMALL_TOKENS   256 /* of an op that goes first */
-/* Prompt rows of one sampling step, beside the decoding rows. */
-#define PREFILL_ROWS 256
+#define SMALL_TOKENS 256 /* of an op that goes first */
 
 #define KEY(id) (const char *)&(id), sizeof(id)
 
@@ -162,6 +154,19 @@ static void take_loss(struct tb_lane *l, struct tb_task *t)
     finish(l, t);
 }
 
+/* Tokens of a training step: a micro-batch of the model. A longer datum is a step of its own. */
+static uint64_t step_tokens(const struct tb_lane *l)
+{
+    return (uint64_t)l->be->sizes.train_rows;
+}
+
+/* What an adapter may be ahead of the others: it lets ops of usual size end before the next begins.
+ */
+static uint64_t quantum(const struct tb_lane *l)
+{
+    return 4 * step_tokens(l);
+}
+
 static uint64_t op_tokens(const struct tb_op *op)
 {
     uint64_t n = 0;
@@ -176,7 +181,7 @@ static void make_ready(struct tb_lane *l, struct lane_adapter *a)
     uint64_t least = UINT64_MAX;
     TB_LIST_FOREACH (it, &l->ready) {
         const struct lane_adapter *o = TB_LIST_ENTRY(it, struct lane_adapter, node);
-        least = TB_MIN(least, o->served / QUANTUM_TOKENS * QUANTUM_TOKENS);
+        least = TB_MIN(least, o->served / quantum(l) * quantum(l));
     }
     if (!tb_list_empty(&l->ready)) a->served = TB_MAX(a->served, least);
     tb_list_push(&l->ready, &a->node);
@@ -327,7 +332,7 @@ struct train_step {
     int n;
     uint64_t n_tokens, max_tokens;
     bool newcomers; /* only small ops of adapters that had no step in this round */
-    struct tb_train_part parts[STEP_TOKENS];
+    struct tb_train_part *parts;
 };
 
 static struct tb_task *train_task(const struct lane_adapter *a, struct tb_list *node)
@@ -347,9 +352,10 @@ static bool is_small(const struct tb_task *t)
     return t->n_tokens <= SMALL_TOKENS;
 }
 
-static bool goes_before(const struct lane_adapter *a, const struct lane_adapter *b)
+static bool goes_before(const struct tb_lane *l, const struct lane_adapter *a,
+                        const struct lane_adapter *b)
 {
-    uint64_t la = a->served / QUANTUM_TOKENS, lb = b->served / QUANTUM_TOKENS;
+    uint64_t la = a->served / quantum(l), lb = b->served / quantum(l);
     if (la != lb) return la < lb;
     if (is_small(a->next) != is_small(b->next)) return is_small(a->next);
     return a->next->training && !b->next->training;
@@ -364,7 +370,7 @@ static struct lane_adapter *pick(struct tb_lane *l, const struct train_step *st)
         if (!a->next || (st->model >= 0 && a->model != st->model)) continue;
         if (st->n && st->n_tokens + next_tokens(a->next) > st->max_tokens) continue;
         if (st->newcomers && (a->round == l->round || !is_small(a->next))) continue;
-        if (!best || goes_before(a, best)) best = a;
+        if (!best || goes_before(l, a, best)) best = a;
     }
     return best;
 }
@@ -416,7 +422,7 @@ static void plan_step(struct tb_lane *l, struct train_step *st)
         a = TB_LIST_ENTRY(it, struct lane_adapter, node);
         a->next = train_task(a, a->tasks.next);
     }
-    while (st->n < STEP_TOKENS && (a = pick(l, st))) {
+    while (st->n < l->be->sizes.train_rows && (a = pick(l, st))) {
         struct tb_task *t = a->next;
         if (begin_training(l, a, t))
             add_datum(st, a);
@@ -458,8 +464,9 @@ static bool train_turn(struct tb_lane *l, bool newcomers)
     struct tb_error err = {0};
     st.model = -1;
     st.n = 0;
+    st.parts = l->parts;
     st.n_tokens = 0;
-    st.max_tokens = newcomers ? SMALL_TOKENS : STEP_TOKENS;
+    st.max_tokens = newcomers ? SMALL_TOKENS : step_tokens(l);
     st.newcomers = newcomers;
     if (tb_list_empty(&l->ready)) return false;
     if (!newcomers) l->round++;
@@ -508,8 +515,8 @@ static void sample_model(struct tb_lane *l, int model)
     if (n == 0) return;
     struct tb_error err = {0};
     int rows = 0;
-    int rc = tb_model_sample_step(l->models[model], l->sampling_scratch, (int)n, PREFILL_ROWS,
-                                  &rows, &err);
+    int rc = tb_model_sample_step(l->models[model], l->sampling_scratch, (int)n,
+                                  l->be->sizes.prefill_rows, &rows, &err);
     if (rc) tb_log(TB_LOG_ERROR, "engine", "sampling step failed: %s", err.msg);
     add(&l->stats.sample_rows, (uint64_t)rows);
     add(&l->stats.steps, 1);

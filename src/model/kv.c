@@ -14,23 +14,33 @@ static struct tb_attn_shape shape_of(const struct tb_model *m)
     return (struct tb_attn_shape){c->n_heads, c->n_kv_heads, c->head_dim, 1, 0};
 }
 
-static void set_size(struct tb_kv *kv, const struct tb_model *m)
+static size_t default_pages(const struct tb_model *m, size_t page_bytes)
+{
+    size_t bytes = tb_model_memory(m) / 8 / (size_t)TB_MAX(m->opt.kv_shares, 1);
+    size_t full = (size_t)tb_kv_pages_for(m->opt.max_context) * 64;
+    return TB_MAX(TB_MIN(TB_MIN(bytes, m->be->sizes.kv_bytes) / page_bytes, full), 1);
+}
+
+static int set_size(struct tb_kv *kv, const struct tb_model *m, struct tb_error *err)
 {
     struct tb_attn_shape s = shape_of(m);
     kv->page_bytes = m->be->ops->kv_page_bytes(m->be, &s);
-    size_t all = kv->page_bytes * (size_t)m->cfg.n_layers;
-    /* an eighth of the memory, at most 2 GiB, no more than 64 full contexts need */
-    size_t bytes = m->opt.kv_bytes ? m->opt.kv_bytes : tb_model_memory(m) / 8;
-    size_t full = (size_t)tb_kv_pages_for(m->opt.max_context) * 64;
-    bytes = TB_MIN(bytes, (size_t)2 << 30);
-    if (bytes / all > full) bytes = full * all;
-    kv->n_pages = (int)TB_MIN(TB_MAX(bytes / all, 1), (size_t)INT32_MAX);
+    size_t all = kv->page_bytes * (size_t)m->cfg.n_layers, asked = m->opt.kv_bytes;
+    if (asked && asked < all)
+        return tb_error_set(err, TB_EINVAL,
+                            "%zu bytes of KV cache do not hold a page of %d tokens, which takes "
+                            "%zu",
+                            asked, TB_KV_PAGE, all);
+    size_t n = asked ? asked / all : default_pages(m, all);
+    kv->n_pages = (int)TB_MIN(n, (size_t)TB_KV_MAX_PAGES);
     kv->bytes = (size_t)kv->n_pages * all;
+    return 0;
 }
 
 int tb_kv_init(struct tb_kv *kv, struct tb_model *m, struct tb_error *err)
 {
-    set_size(kv, m);
+    int rc = set_size(kv, m, err);
+    if (rc) return rc;
     size_t n = (size_t)kv->n_pages;
     int32_t *list = tb_try_calloc(n, sizeof(*list)), *refs = tb_try_calloc(n, sizeof(*refs));
     char *mem = list && refs ? m->be->ops->alloc(m->be, kv->bytes) : NULL;

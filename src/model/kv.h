@@ -16,10 +16,14 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "backend/backend.h"
 #include "model/prefix.h"
 #include "util/error.h"
 
 struct tb_model;
+
+/* So that the number of a token's place in the pool is an int too. */
+#define TB_KV_MAX_PAGES (INT32_MAX / TB_KV_PAGE)
 
 struct tb_kv {
     int n_pages, n_free;
@@ -55,7 +59,7 @@ void tb_kv_copy_page(struct tb_kv *kv, struct tb_model *m, int32_t dst, int32_t 
 void *tb_kv_layer(const struct tb_kv *kv, int layer);
 static inline int tb_kv_pages_for(int64_t tokens)
 {
-    return (int)((tokens + 15) / 16);
+    return (int)((tokens + TB_KV_PAGE - 1) / TB_KV_PAGE);
 }
 
 #endif

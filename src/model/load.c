@@ -12,8 +12,8 @@
 #include "util/log.h"
 #include "util/mem.h"
 
-#define TB_DEFAULT_LOGITS (64u << 20)
-#define TB_ROPE_FIRST     4096
+#define TB_ROPE_FIRST  4096
+#define TB_PIECE_BYTES ((size_t)64 << 20)
 
 /* True when the backend may read ordinary host memory where it takes device memory. */
 static bool reads_host(const struct tb_backend *be)
@@ -261,16 +261,20 @@ static void set_limits(struct tb_model *m)
     struct tb_model_options *o = &m->opt;
     if (o->max_rank <= 0) o->max_rank = 256;
     if (o->max_context <= 0 || o->max_context > c->max_positions) o->max_context = c->max_positions;
-    if (!o->logits_bytes) o->logits_bytes = TB_DEFAULT_LOGITS;
-    /* Pieces of 64 rows where the block allows; the piece depends on nothing but the model and this
-     * option, so gradients never depend on what shares the batch. */
-    size_t rows = o->logits_bytes / ((size_t)c->vocab * 4);
     m->shard_tokens = o->shard_tokens ? o->shard_tokens : m->be->shard_tokens;
-    m->head_piece = (int)TB_MIN(TB_MAX(rows, 1), 64);
+    /* Pieces of 64 rows where these bytes hold them; the piece depends on nothing but the model and
+     * this option, so gradients depend neither on what shares the batch nor on the device's memory.
+     */
+    const struct tb_backend_sizes *sizes = &m->be->sizes;
+    size_t row = (size_t)c->vocab * 4;
+    size_t piece = (o->logits_bytes ? o->logits_bytes : TB_PIECE_BYTES) / row;
+    size_t rows = (o->logits_bytes ? o->logits_bytes : sizes->logits_bytes) / row;
+    m->head_piece = (int)TB_MIN(TB_MAX(piece, 1), 64);
     m->head_rows = (int)TB_MIN(rows, 2048) / m->head_piece * m->head_piece;
     m->head_rows = TB_MAX(m->head_rows, m->head_piece);
     size_t phys = tb_model_memory(m);
-    m->soft_bytes = o->activation_bytes ? o->activation_bytes : TB_MIN(phys / 8, (size_t)1 << 30);
+    size_t soft = TB_MIN(phys / (size_t)sizes->activation_part, sizes->activation_bytes);
+    m->soft_bytes = o->activation_bytes ? o->activation_bytes : soft;
     m->hard_bytes = o->activation_bytes ? o->activation_bytes : TB_MAX(m->soft_bytes, phys / 5 * 3);
 }
 

@@ -33,12 +33,15 @@ struct tb_pager;
 struct tb_graph; /* model/custom/graph.h */
 
 struct tb_model_options {
-    int max_rank;        /* 256 */
-    int max_context;     /* 0 = the config's max_position_embeddings */
-    size_t kv_bytes;     /* size of the KV page pool; 0 = a default from the model's shape */
-    size_t logits_bytes; /* largest block of logits held at once; 0 = 64 MiB */
-    /* Activations of one micro-batch in training; a datum that needs more is refused. 0 = an eighth
-     * of the machine's memory, at most 1 GiB, and more for a datum longer than that. */
+    int max_rank;    /* 256 */
+    int max_context; /* 0 = the config's max_position_embeddings */
+    /* Of the KV page pool. 0 = an eighth of the memory divided by kv_shares, the models that are
+     * to have as much; no more than the backend's default, nor than 64 full contexts need. */
+    size_t kv_bytes;
+    int kv_shares;
+    size_t logits_bytes; /* largest block of logits held at once; 0 = the backend's default */
+    /* Activations of one micro-batch in training; a datum that needs more is refused. 0 = the
+     * backend's default, and more for a datum longer than that. */
     size_t activation_bytes;
     int shard_tokens;       /* of an op in training, below; 0 = the backend's */
     struct tb_pager *pager; /* model/pager.h; NULL: nothing goes to files. Outlives the model */

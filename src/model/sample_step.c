@@ -29,7 +29,8 @@
 #include "util/mem.h"
 #include "util/philox.h"
 
-#define TB_ALT_STREAM 1 /* Philox stream of prompt_alt_tokens; 0 draws the samples */
+#define TB_FEW_ROWS   256 /* of prompts: who has room for them is not left out */
+#define TB_ALT_STREAM 1   /* Philox stream of prompt_alt_tokens; 0 draws the samples */
 
 struct entry { /* a sequence's rows in this step */
     struct tb_seq *q;
@@ -215,8 +216,9 @@ static void hold_one(struct step *st, struct tb_sampling *s)
     if (s->version) {
         int ru = TB_MAX(st->ru, s->version->layout->config.rank);
         size_t need = tb_version_idle_bytes(s->version), room = tb_backend_room(be);
+        int rows = st->rows - st->budget + TB_MIN(st->budget, TB_FEW_ROWS);
         if (st->n_ready && need && room < SIZE_MAX &&
-            (need > room || step_bytes(st->m, st->rows, ru) > room - need))
+            (need > room || step_bytes(st->m, rows, ru) > room - need))
             return;
         if (tb_version_hold(s->version, &err)) {
             tb_sampling_fail(s, err.code, err.msg);

@@ -14,10 +14,6 @@
 #include "model/custom/graph.h"
 #include "util/mem.h"
 
-/* Rows of a micro-batch: a layer's activations stay in the last-level cache, and the weights are
- * read often enough for the products to hide it. */
-#define TB_MAX_MICRO_ROWS 512
-
 /* ---- one micro-batch */
 
 struct micro {
@@ -152,7 +148,7 @@ static void plan(struct batch *b)
     size_t fixed = tb_pass_bytes(m, kind, b->backward, 16, b->ru);
     size_t per_row = (tb_pass_bytes(m, kind, b->backward, 1040, b->ru) - fixed) / 1024 + 1;
     size_t rows = m->soft_bytes > fixed ? (m->soft_bytes - fixed) / per_row : 0;
-    b->max_rows = (int)TB_MIN(rows, TB_MAX_MICRO_ROWS);
+    b->max_rows = (int)TB_MIN(rows, (size_t)m->be->sizes.train_rows);
 }
 
 /* How a micro-batch of T rows runs, or -1 when it would take too much memory (*need bytes). One

@@ -162,6 +162,15 @@ bool tb_cpu_has_bf16(const char *isa)
     return isa_parse(isa, &got, NULL) == 0 && got == TB_ISA_AVX512_BF16;
 }
 
+/* A layer's activations of so many rows stay in the last-level cache, and the weights are read
+ * often enough for the products to hide it. */
+static const struct tb_backend_sizes sizes = {.train_rows = 512,
+                                              .prefill_rows = 256,
+                                              .activation_bytes = (size_t)1 << 30,
+                                              .activation_part = 8,
+                                              .logits_bytes = (size_t)64 << 20,
+                                              .kv_bytes = (size_t)2 << 30};
+
 /* ---- life */
 
 static void cpu_destroy(struct tb_backend *be)
@@ -239,6 +248,7 @@ int tb_backend_cpu_create(struct tb_backend **out, const struct tb_backend_optio
     c->isa = isa;
     c->be.kind = isa_names[isa];
     c->be.act = act;
+    c->be.sizes = sizes;
     c->be.n_threads = options && options->n_threads > 0 ? options->n_threads : (int)cores;
     if (c->be.n_threads < 1) c->be.n_threads = 1;
     c->be.mem_limit = options ? options->mem_limit : 0;

@@ -167,6 +167,7 @@ int tb_backend_create(struct tb_backend **out, const char *name, const char *dty
     f->be.kind = f->device == FAKE_DEVICES - 1 ? fake_last_kind : "fake";
     *out = &f->be;
     (*out)->ops = &fake_ops;
+    (*out)->sizes = (struct tb_backend_sizes){.train_rows = 512, .prefill_rows = 256};
     return 0;
 }
 

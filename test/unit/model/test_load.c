@@ -220,6 +220,76 @@ static void test_rope_tables(void **state)
     json_decref(all);
 }
 
+/* ---- sizes */
+
+static struct tb_model *load_shape(struct tb_backend *be, const char *dir,
+                                   const struct tb_model_options *o, struct tb_error *err)
+{
+    struct tb_model *m = NULL;
+    *err = (struct tb_error){0};
+    int rc = tb_model_load(&m, be, "m", dir, o, err);
+    assert_int_equal(rc, err->code);
+    return m;
+}
+
+/* What the backend says about itself and what the user asks for. */
+static void test_sizes(void **state)
+{
+    struct tb_backend *be = new_backend("f32");
+    struct tb_model_options o = {0};
+    struct tb_error err;
+    be->mem_limit = (size_t)256 << 20;
+    char *dir = random_model(&shapes[0], 3, 0.2f);
+    size_t row = (size_t)shapes[0].vocab * 4;
+
+    be->sizes.activation_bytes = 3 << 20;
+    be->sizes.activation_part = 4;
+    be->sizes.logits_bytes = 200 * row;
+    struct tb_model *m = load_shape(be, dir, NULL, &err);
+    assert_int_equal(m->soft_bytes, 3 << 20);
+    assert_int_equal(m->head_piece, 64);
+    assert_int_equal(m->head_rows, 192);
+    size_t page = m->kv.bytes / (size_t)m->kv.n_pages;
+    tb_model_free(m);
+
+    be->sizes.activation_bytes = SIZE_MAX;
+    be->sizes.logits_bytes = row;
+    be->sizes.kv_bytes = 7 * page + 1;
+    m = load_shape(be, dir, NULL, &err);
+    assert_int_equal(m->soft_bytes, be->mem_limit / 4);
+    assert_int_equal(m->head_piece, 64); /* gradients do not depend on it */
+    assert_int_equal(m->head_rows, 64);
+    assert_int_equal(m->kv.n_pages, 7);
+    tb_model_free(m);
+
+    be->sizes.kv_bytes = SIZE_MAX; /* a hundred models, then 64 full contexts */
+    o.kv_shares = 100;
+    m = load_shape(be, dir, &o, &err);
+    assert_int_equal(m->kv.n_pages, be->mem_limit / 8 / 100 / page);
+    tb_model_free(m);
+    o.kv_shares = 1;
+    const int full = 64 * tb_kv_pages_for(shapes[0].max_pos);
+    m = load_shape(be, dir, &o, &err);
+    assert_int_equal(m->kv.n_pages, full);
+    tb_model_free(m);
+
+    o.kv_bytes = ((size_t)full + 9) * page; /* asked for: to the page */
+    m = load_shape(be, dir, &o, &err);
+    assert_int_equal(m->kv.bytes, o.kv_bytes);
+    tb_model_free(m);
+    o.kv_bytes = page - 1;
+    assert_null(load_shape(be, dir, &o, &err));
+    assert_int_equal(err.code, TB_EINVAL);
+    assert_non_null(strstr(err.msg, " bytes of KV cache do not hold a page of 16 tokens"));
+    o.kv_bytes = be->mem_limit;
+    assert_null(load_shape(be, dir, &o, &err));
+    assert_int_equal(err.code, TB_ENOMEM);
+    assert_non_null(strstr(err.msg, "the KV pages need 256.0 MiB; "));
+
+    remove_dir(dir);
+    be->ops->destroy(be);
+}
+
 /* ---- safetensors */
 
 static char *temp_file(const char *header, uint64_t header_len, size_t data)
@@ -595,12 +665,19 @@ static int teardown(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_config_good),       cmocka_unit_test(test_config_rope_forms),
-        cmocka_unit_test(test_config_eos),        cmocka_unit_test(test_config_bad),
-        cmocka_unit_test(test_rope_tables),       cmocka_unit_test(test_safetensors_bad),
-        cmocka_unit_test(test_safetensors_odd),   cmocka_unit_test(test_mutations),
-        cmocka_unit_test(test_safetensors_write), cmocka_unit_test(test_shards),
-        cmocka_unit_test(test_load_refusals),     cmocka_unit_test(test_info),
+        cmocka_unit_test(test_config_good),
+        cmocka_unit_test(test_config_rope_forms),
+        cmocka_unit_test(test_config_eos),
+        cmocka_unit_test(test_config_bad),
+        cmocka_unit_test(test_rope_tables),
+        cmocka_unit_test(test_sizes),
+        cmocka_unit_test(test_safetensors_bad),
+        cmocka_unit_test(test_safetensors_odd),
+        cmocka_unit_test(test_mutations),
+        cmocka_unit_test(test_safetensors_write),
+        cmocka_unit_test(test_shards),
+        cmocka_unit_test(test_load_refusals),
+        cmocka_unit_test(test_info),
     };
     return cmocka_run_group_tests_name("model loading", tests, NULL, teardown);
 }

@@ -141,6 +141,20 @@ static void splitting(struct tb_backend *be, const struct shape *s)
         tb_adapter_free(b);
         tb_model_free(m2);
     }
+    /* In micro-batches of few rows, as far as the data are that short. */
+    const struct tb_backend_sizes sizes = be->sizes;
+    be->sizes.train_rows = 40;
+    struct tb_model *m4 = open_model(be, s, NULL);
+    struct tb_adapter *few = random_adapter(m4, 4, 1, 0.1f);
+    struct tb_op *z = batch_op(s, 1, true, false);
+    run_train(m4, few, z);
+    assert_true(m4->train_ws.cap < m->train_ws.cap);
+    same_outputs(x, z);
+    same_grads(a, few);
+    tb_op_destroy(z);
+    tb_adapter_free(few);
+    tb_model_free(m4);
+    be->sizes = sizes;
     /* Another block of logits: logprobs keep their bits; the head's gradient is summed in other
      * pieces. */
     struct tb_model_options o = {.logits_bytes = 5 * 4 * (size_t)s->vocab};
