@@ -74,6 +74,7 @@ typedef struct tb_options {
     uint64_t tenant_pending;            /* requests without a result */
     const char *public_url;             /* base of URLs in answers; NULL: from the request */
     uint64_t memory;                    /* bytes, of each GPU; 0: what there is */
+    uint64_t kv_memory;                 /* of it for the KV cache; 0: an eighth */
     int n_threads;                      /* computing threads; 0: all cores */
     int max_rank;                       /* 256 */
     int max_context;                    /* tokens; 0: the model's own limit */

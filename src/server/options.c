@@ -250,6 +250,11 @@ static int set_memory(struct tb_cli *c, const char *name, const char *text, stru
     return parse_u64(name, text, 1 << 20, 1ull << 50, true, &c->options.memory, err);
 }
 
+static int set_kv_memory(struct tb_cli *c, const char *name, const char *text, struct tb_error *err)
+{
+    return parse_u64(name, text, 1 << 20, 1ull << 50, true, &c->options.kv_memory, err);
+}
+
 static int set_max_body(struct tb_cli *c, const char *name, const char *text, struct tb_error *err)
 {
     return parse_u64(name, text, 1024, 1ull << 40, true, &c->options.max_body, err);
@@ -336,6 +341,10 @@ static const struct option_row {
     {"--memory", "BYTES", set_memory,
      "memory to stay within, on each GPU where there are, as 12G; idle adapters go to files when\n"
      "it is short (default: nine tenths of what is there)"},
+    {"--kv-memory", "BYTES", set_kv_memory,
+     "how much of that is for the KV cache of samples, shared equally by the models: more of them\n"
+     "run at once, and more prompts are found again; less leaves more to training (default: an\n"
+     "eighth of --memory; on the CPU at most 2G a model)"},
     {"--max-rank", "N", set_max_rank, "largest LoRA rank (default 256)"},
     {"--max-context", "N", set_max_context, "longest sequence (default: the model's own)"},
     {"--max-body", "BYTES", set_max_body, "largest request body (default 256M)"},

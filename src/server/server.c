@@ -131,6 +131,7 @@ static int create_engine(tb_server_t *s, const tb_options_t *o, struct tb_error 
                                    .max_rank = o->max_rank,
                                    .max_context = o->max_context,
                                    .memory = o->memory,
+                                   .kv_memory = o->kv_memory,
                                    .paging_dir =
                                        tb_arena_printf(&s->strings, "%s/paging", o->data_dir)};
     return tb_engine_create(&s->engine, s->loop, &eo, err);

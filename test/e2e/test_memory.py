@@ -84,6 +84,24 @@ def test_what_never_fits(start):
     end(service)
 
 
+def test_kv_memory(start, tiny):
+    pages = [metrics(start(args=args))["kv_pages"] for args in ([], ["--kv-memory", "1M"], ["--kv-memory=3MiB"])]
+    assert pages[1] > 1 and pages[2] in (3 * pages[1], 3 * pages[1] + 1, 3 * pages[1] + 2) and pages[0] not in pages[1:]
+    two = start(models={"tiny": tiny, "other": tiny}, args=["--kv-memory", "2M"])
+    assert metrics(two)["kv_pages"] == 2 * pages[1]
+
+
+@pytest.mark.parametrize("args, says", [
+    (["--kv-memory", "64M", "--memory", "32M"], r"do not fit into 32 MiB \(--memory\), 64 MiB of it for the KV cache \(--kv-memory\): .*"
+                                                r"the KV pages need 6\d\.\d MiB; \d+\.\d MiB of the limit of 32\.0 MiB are free"),
+    (["--kv-memory", "0"], r"--kv-memory 0: expected a whole number from 1048576 to \d+, with K, M, G or T for a unit"),
+    (["--kv-memory", "many"], "--kv-memory many: expected a whole number"),
+])
+def test_kv_memory_that_is_refused(tiny, tmp_path, args, says):
+    with pytest.raises(RuntimeError, match=says):
+        Daemon({"tiny": tiny}, tmp_path / "data", args=args).start()
+
+
 def test_folder_that_cannot_be_made(tiny, tmp_path):
     data = tmp_path / "data"
     data.mkdir()
