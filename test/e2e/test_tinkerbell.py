@@ -423,6 +423,26 @@ def test_loss_falls_and_forward_leaves_no_gradients(bell):
     assert bell.loss("falls") == before, "a step without gradients changes nothing"
 
 
+def test_a_failed_forward_backward_leaves_no_gradients(bell):
+    def has_gradients():
+        return next(a for a in bell.get("/adapters").json["adapters"] if a["model_id"] == "fails")["has_gradients"]
+
+    bell.train("fails")
+    before = bell.loss("fails")
+    bad = [{"model_input": {"chunks": [{"type": "encoded_text", "tokens": [1, 2, 3]}]}, "loss_fn_inputs": {
+        "target_tokens": {"data": [1, 2, 10**6], "dtype": "int64", "shape": [3]},
+        "weights": {"data": [1.0] * 3, "dtype": "float32", "shape": [3]}}}]
+    assert "1000000" in bell.failure("forward_backward_async", {"model_id": "fails", "data": bad})
+    assert not has_gradients()
+    bell.ok("optim_step", {"model_id": "fails", "adam_params": {"learning_rate": 0.1}})
+    assert bell.loss("fails") == before, "a step whose only forward_backward failed changes nothing"
+    bell.ok("forward_backward", {"model_id": "fails", "data": [CHAT]})
+    bell.failure("forward_backward_async", {"model_id": "fails", "data": bad})
+    assert has_gradients()
+    bell.ok("optim_step", {"model_id": "fails", "adam_params": {"learning_rate": 0.1}})
+    assert bell.loss("fails") != before
+
+
 def logprobs_of(bell, demo, tokens):
     """The base model's logprobs of tokens[1:], by the Tinker API."""
     with Raw(demo.url) as raw:

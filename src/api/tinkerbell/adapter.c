@@ -50,6 +50,12 @@ void tb_bell_adapter_changed(struct tb_bell_adapter *ad)
     ad->sampler_id = NULL;
 }
 
+void tb_bell_adapter_no_gradients(struct tb_bell_adapter *ad)
+{
+    ad->n_gradients = 0;
+    ad->epoch = ++ad->a->bell->n_epochs;
+}
+
 void tb_bell_adapter_free(struct tb_bell_adapter *ad)
 {
     if (ad->creation_id) tb_core_unstream(tb_api_core(ad->a), &ad->creation);
@@ -103,6 +109,7 @@ static struct tb_bell_adapter *adapter_new(struct tb_bell_job *j, const char *na
     ad->base = tb_bell_base(j->a, name);
     ad->next_seq = 1;
     ad->rank = j->lora.rank;
+    tb_bell_adapter_no_gradients(ad);
     tb_map_put(&j->tenant->adapters, name, strlen(name), ad);
     return ad;
 }
@@ -329,7 +336,7 @@ static void load(struct tb_bell_job *j)
                                   j->adapter->model_id, name_of(j->path));
     if (!tb_bell_run(j, op, loaded)) return;
     tb_bell_adapter_changed(ad);
-    ad->has_gradients = false;
+    tb_bell_adapter_no_gradients(ad);
 }
 
 static void start_load(struct tb_bell_job *j)

@@ -167,6 +167,16 @@ struct tb_op *tb_bell_take(struct tb_bell_job *j)
     return TB_LIST_ENTRY(tb_list_pop(&j->made), struct tb_op, node);
 }
 
+/* A forward_backward left no gradient, or a step took none. A gradient that is not finite is gone.
+ */
+static void on_op_failed(struct tb_bell_job *j, const struct tb_error *e)
+{
+    struct tb_bell_adapter *ad = tb_bell_adapter_find(j->tenant, j->model_id);
+    bool gone = j->n_gradients > 0 && e->code == TB_ENONFINITE;
+    if (j->n_gradients && !gone && ad && ad->epoch == j->epoch) ad->n_gradients += j->n_gradients;
+    tb_bell_fail(j, e);
+}
+
 static void on_op(struct tb_core_stream *s, enum tb_future_state state, const struct tb_op *op)
 {
     struct tb_bell_job *j = s->arg;
@@ -177,7 +187,7 @@ static void on_op(struct tb_core_stream *s, enum tb_future_state state, const st
     if (state != TB_FUTURE_DONE && !e.code)
         tb_error_set(&e, TB_EGONE, "the server gave the operation up");
     if (e.code)
-        tb_bell_fail(j, &e);
+        on_op_failed(j, &e);
     else
         j->step(j, op);
     tb_core_delivered(tb_api_core(j->a), id, strlen(id));
@@ -197,7 +207,7 @@ bool tb_bell_run(struct tb_bell_job *j, struct tb_op *op,
     if (tb_core_submit(core, who, op, &t, &e)) {
         /* nobody has taken the number, so it must not be left out */
         if (j->adapter && j->adapter->next_seq == seq + 1) j->adapter->next_seq = seq;
-        tb_bell_fail(j, &e);
+        on_op_failed(j, &e);
         return false;
     }
     j->request_id = tb_strdup(t.request_id);

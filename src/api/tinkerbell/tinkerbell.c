@@ -210,7 +210,7 @@ static void adapters(struct tb_api *a, struct tb_http_request *req, const struct
         tb_jout_str(&j, "base_model", base->name);
         tb_jout_int(&j, "rank", ad->rank);
         tb_jout_int(&j, "trainable_params", base->lora_width * ad->rank);
-        tb_jout_bool(&j, "has_gradients", ad->has_gradients);
+        tb_jout_bool(&j, "has_gradients", ad->n_gradients > 0);
         tb_jout_object_end(&j);
     }
     tb_jout_array_end(&j);

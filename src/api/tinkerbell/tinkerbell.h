@@ -47,8 +47,10 @@ struct tb_bell_adapter {
     char *sampler_id; /* of the weights as they are now; NULL: to be published */
     uint64_t changes; /* of the weights */
     int32_t rank;
-    bool has_gradients; /* of what was submitted */
-    char *creation_id;  /* of the future of its creation, until it is over */
+    /* forward_backwards that were submitted since the last step or load, and have not failed. */
+    int64_t n_gradients;
+    uint64_t epoch;    /* since then; no two adapters share one */
+    char *creation_id; /* of the future of its creation, until it is over */
     struct tb_core_stream creation;
     struct tb_bell_job *adder; /* add_lora, which waits for that */
 };
@@ -56,6 +58,7 @@ struct tb_bell_adapter {
 struct tb_bell {
     struct tb_map tenants; /* name → tb_bell_tenant */
     struct tb_map jobs;    /* id → tb_bell_job */
+    uint64_t n_epochs;
 };
 
 /* A kind of job. prepare runs in the pool on the job's arena alone, start and step on the loop. */
@@ -96,6 +99,8 @@ struct tb_bell_job {
     char *request_id;
     void (*step)(struct tb_bell_job *j, const struct tb_op *op);
     struct tb_bell_adapter *adapter;
+    uint64_t epoch;      /* of the adapter, when it was submitted */
+    int64_t n_gradients; /* what the op's failure adds to the adapter's */
 };
 
 /* ---- job.c */
@@ -137,6 +142,8 @@ void tb_bell_with_adapter(struct tb_bell_job *j, const char *name,
 /* Makes op the next in the order of j's adapter; returns it. */
 struct tb_op *tb_bell_op(struct tb_bell_job *j, struct tb_op *op);
 void tb_bell_adapter_free(struct tb_bell_adapter *ad);
+/* No gradient is there any more: a new epoch begins. */
+void tb_bell_adapter_no_gradients(struct tb_bell_adapter *ad);
 /* Its weights become other than what was published. */
 void tb_bell_adapter_changed(struct tb_bell_adapter *ad);
 /* model_id or adapter_id, both for j and for the answer to its submit. */

@@ -470,6 +470,7 @@ static void trained_was_read(struct tb_bell_job *j)
 
 static void trained(struct tb_bell_job *j, const struct tb_op *op)
 {
+    j->n_gradients = 0; /* its gradient stays, whatever becomes of the rest */
     read_result(j, op, read_trained, trained_was_read);
 }
 
@@ -481,7 +482,10 @@ static void forward(struct tb_bell_job *j)
 static void forward_backward(struct tb_bell_job *j)
 {
     struct tb_bell_adapter *ad = j->adapter;
-    if (tb_bell_run(j, tb_bell_op(j, tb_bell_take(j)), trained)) ad->has_gradients = true;
+    j->epoch = ad->epoch;
+    j->n_gradients = -1;
+    ad->n_gradients++;
+    tb_bell_run(j, tb_bell_op(j, tb_bell_take(j)), trained);
 }
 
 static void start_forward(struct tb_bell_job *j)
@@ -570,16 +574,17 @@ static void stepped(struct tb_bell_job *j, const struct tb_op *op)
 /* Without gradients there is nothing to do: three forward_backwards may come before three steps. */
 static void step(struct tb_bell_job *j)
 {
-    if (!j->adapter->has_gradients) {
+    struct tb_bell_adapter *ad = j->adapter;
+    if (ad->n_gradients == 0) {
         answer_step(j);
         return;
     }
-    struct tb_bell_adapter *ad = j->adapter;
+    j->n_gradients = ad->n_gradients;
+    tb_bell_adapter_no_gradients(ad);
+    j->epoch = ad->epoch;
     struct tb_op *op = tb_bell_op(j, tb_op_create(TB_OP_OPTIM_STEP));
     op->u.optim_step = *(const struct tb_optim_step *)j->own;
-    if (!tb_bell_run(j, op, stepped)) return;
-    tb_bell_adapter_changed(ad);
-    ad->has_gradients = false;
+    if (tb_bell_run(j, op, stepped)) tb_bell_adapter_changed(ad);
 }
 
 static void start_optim(struct tb_bell_job *j)
