@@ -61,6 +61,7 @@ int tb_core_create(struct tb_core **out, uv_loop_t *loop, struct tb_engine *engi
     tb_list_init(&c->answers);
     tb_list_init(&c->changed);
     tb_list_init(&c->feed_waiters);
+    tb_list_init(&c->copies);
     uv_timer_init(loop, &c->wait_timer);
     uv_timer_init(loop, &c->feed_timer);
     uv_timer_init(loop, &c->tick_timer);
@@ -92,9 +93,6 @@ int tb_core_n_models(const struct tb_core *c)
 void tb_core_served_model(const struct tb_core *c, int i, struct tb_served_model *out)
 {
     const struct tb_model_info *info = tb_engine_model_info(c->engine, i);
-    int64_t h = info->hidden, q = (int64_t)info->n_heads * info->head_dim;
-    int64_t kv = (int64_t)info->n_kv_heads * info->head_dim;
-    int64_t layer = 2 * (h + q) + 2 * (h + kv) + 3 * (h + info->ffn);
     *out = (struct tb_served_model){.name = info->name,
                                     .dir = info->dir,
                                     .arch = info->arch,
@@ -102,7 +100,7 @@ void tb_core_served_model(const struct tb_core *c, int i, struct tb_served_model
                                     .max_context = info->max_context,
                                     .max_rank = info->max_rank,
                                     .vocab = info->vocab,
-                                    .lora_width = info->n_layers * layer + h + info->vocab,
+                                    .lora_width = tb_core_lora_width(info),
                                     .n_eos = info->n_eos,
                                     .eos = info->eos,
                                     .text = info->tokenizer,
@@ -115,6 +113,7 @@ void tb_core_stats(const struct tb_core *c, struct tb_core_stats *out)
     out->models = c->model_map.n;
     out->samplers = c->sampler_map.n;
     out->queued_bytes = c->queued_bytes;
+    out->copy_bytes = c->copy_bytes;
 }
 
 void tb_core_compute_stats(const struct tb_core *c, struct tb_compute_stats *out)
@@ -165,7 +164,7 @@ void tb_core_leave(struct tb_core *c)
     if (c->leaving) return; /* an outer call of this function goes on with the list */
     c->leaving = true;
     while (!tb_list_empty(&c->resolved) || !tb_list_empty(&c->answers) ||
-           !tb_list_empty(&c->changed)) {
+           !tb_list_empty(&c->changed) || tb_copies_go(c)) {
         tb_futures_resolve(c);
         tb_feeds_answer(c);
         tb_samplers_answer(c);

@@ -228,7 +228,8 @@ int tb_core_n_models(const struct tb_core *c);
 void tb_core_served_model(const struct tb_core *c, int i, struct tb_served_model *out);
 
 struct tb_core_stats {
-    uint64_t sessions, models, samplers, futures_pending, futures_done, waiters, queued_bytes;
+    uint64_t sessions, models, samplers, futures_pending, futures_done, waiters, queued_bytes,
+        copy_bytes;
     uint64_t submitted[TB_OP_N_TYPES], executed[TB_OP_N_TYPES], failed[TB_OP_N_TYPES];
 };
 void tb_core_stats(const struct tb_core *c, struct tb_core_stats *out);

@@ -60,6 +60,14 @@ struct tb_core_session {
     uint64_t share;     /* its number: what the engine shares the machine by */
 };
 
+/* An adapter's copy in host memory, or the wait for room for one. All zero: none. */
+struct tb_core_copy {
+    struct tb_list node; /* of core->copies, while it waits */
+    size_t bytes;
+    bool taken;
+    void (*go)(struct tb_core_copy *y); /* there is room now, and it was taken */
+};
+
 enum tb_phase {
     TB_PHASE_BLOCKED, /* a smaller seq_id has not come yet */
     TB_PHASE_READY,   /* its turn will come */
@@ -97,7 +105,8 @@ struct tb_future {
     bool drop; /* destroy as soon as nobody uses it */
     int busy;
     size_t queued_bytes, held_bytes;
-    char *idem; /* key in core->idem */
+    struct tb_core_copy copy; /* of a save or load, until it is over */
+    char *idem;               /* key in core->idem */
 };
 
 enum tb_model_state { TB_MODEL_CREATING, TB_MODEL_READY, TB_MODEL_FAILED, TB_MODEL_GONE };
@@ -139,7 +148,9 @@ struct tb_core_version {
     char *path; /* of a checkpoint, else NULL; in core->versions while mapped */
     int64_t time_us;
     bool mapped;
-    struct tb_list samplers; /* tb_core_sampler.in_version, of those that load from a path */
+    struct tb_core_copy copy; /* while it is loaded */
+    const char *reader;       /* the tenant as whom it is read */
+    struct tb_list samplers;  /* tb_core_sampler.in_version, of those that load from a path */
 };
 
 /* The mutable version behind a model's inflight samplers. */
@@ -200,8 +211,9 @@ struct tb_core {
     struct tb_list answers;      /* to those who create sampling sessions */
     struct tb_list changed;      /* feeds whose waiters are to be called */
     struct tb_list feed_waiters; /* tb_feed_waiter.deadline_node, earliest first */
+    struct tb_list copies;       /* tb_core_copy that wait for room */
     bool leaving;
-    size_t queued_bytes, held_bytes;
+    size_t queued_bytes, held_bytes, copy_bytes;
     uint64_t next_adapter, next_version, next_loss, next_anonymous, next_share;
     struct tb_core_stats stats;
     uint64_t sampled_tokens;
@@ -228,6 +240,16 @@ int tb_core_admit(struct tb_core *c, struct tb_tenant *t, const struct tb_op *op
 /* "base model 'x' is not served here; served: a, b" */
 int tb_core_no_base_model(const struct tb_core *c, int code, const char *name,
                           struct tb_error *err);
+
+/* ---- copy.c */
+/* Parameters of an adapter on all that it may be on, for each unit of rank. */
+int64_t tb_core_lora_width(const struct tb_model_info *m);
+size_t tb_copy_bytes(const struct tb_core *c, int engine_model, int32_t rank, bool with_optimizer);
+/* Whether there is room for a copy, which is taken then; else go is called when there is. */
+bool tb_copy_begin(struct tb_core *c, struct tb_core_copy *y, size_t bytes,
+                   void (*go)(struct tb_core_copy *y));
+void tb_copy_end(struct tb_core *c, struct tb_core_copy *y); /* of one that waits, too, or none */
+bool tb_copies_go(struct tb_core *c);                        /* one that waited; false: none can */
 
 /* ---- tenant.c */
 char *tb_tenant_scoped(const struct tb_tenant *t, const char *key); /* unique among all; tb_free */

@@ -231,6 +231,7 @@ void tb_future_finish(struct tb_future *f)
     f->session->tenant->queued_bytes -= f->queued_bytes;
     f->session->tenant->n_pending--;
     f->queued_bytes = 0;
+    tb_copy_end(c, &f->copy);
     c->stats.futures_pending--;
     c->stats.futures_done++;
     if (f->state == TB_FUTURE_FAILED)

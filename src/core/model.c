@@ -67,6 +67,21 @@ static bool other_optimizer(const struct tb_op *op, struct tb_error *e)
     return true;
 }
 
+static void go_on(struct tb_core_copy *y)
+{
+    tb_model_pump(TB_CONTAINER_OF(y, struct tb_future, copy)->model);
+}
+
+/* Room for the adapter's copy; false: the queue goes on when there is. */
+static bool copy_fits(struct tb_core_model *m, struct tb_future *f)
+{
+    const struct tb_op *op = f->op;
+    bool load = op->type == TB_OP_LOAD_WEIGHTS;
+    bool optimizer = load ? op->u.load_weights.optimizer : op->type == TB_OP_SAVE_WEIGHTS;
+    size_t bytes = tb_copy_bytes(m->core, m->engine_model, m->lora.rank, optimizer);
+    return tb_copy_begin(m->core, &f->copy, bytes, go_on);
+}
+
 /* Starts the op at the head of the queue; false if it must wait. */
 static bool start_head(struct tb_core_model *m, struct tb_future *f, uint64_t loss_id)
 {
@@ -85,13 +100,14 @@ static bool start_head(struct tb_core_model *m, struct tb_future *f, uint64_t lo
             tb_weights_publish(f);
             return true;
         }
-        if (m->saving) return false;
+        if (m->saving || !copy_fits(m, f)) return false;
         m->saving = f;
         start(f);
         tb_weights_save(f);
         return true;
     default: /* load, unload */
         if (m->running) return false;
+        if (f->op->type == TB_OP_LOAD_WEIGHTS && !copy_fits(m, f)) return false;
         m->barrier = f;
         start(f);
         if (f->op->type == TB_OP_LOAD_WEIGHTS)

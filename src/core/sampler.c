@@ -65,6 +65,7 @@ void tb_target_put(struct tb_core_target *t)
 /* The load has ended, one way or the other; its own reference goes. */
 static void version_settled(struct tb_core_version *v, const struct tb_error *e)
 {
+    tb_copy_end(v->core, &v->copy);
     if (e->code) {
         v->state = TB_VERSION_FAILED;
         v->error = *e;
@@ -114,8 +115,15 @@ static void version_read(void *arg, const struct tb_error *err, const struct tb_
     tb_core_leave(c);
 }
 
-/* A version of the checkpoint that row describes and reader may read, with a reference for the
- * caller. */
+static void version_load(struct tb_core_copy *y)
+{
+    struct tb_core_version *v = TB_CONTAINER_OF(y, struct tb_core_version, copy);
+    v->core->n_async++;
+    tb_store_read_ckpt(v->core->store, v->reader, v->path, false, version_read, v);
+}
+
+/* A version of the checkpoint that row describes and reader, a tenant, may read, with a reference
+ * for the caller. */
 static struct tb_core_version *version_of(struct tb_core *c, const char *reader,
                                           const struct tb_ckpt_row *row, int engine_model)
 {
@@ -129,10 +137,11 @@ static struct tb_core_version *version_of(struct tb_core *c, const char *reader,
     v->path = tb_strdup(row->path);
     v->time_us = row->time_us;
     v->mapped = true;
+    v->reader = reader;
     tb_map_put(&c->versions, v->path, strlen(v->path), v);
     v->refs++; /* of the load */
-    c->n_async++;
-    tb_store_read_ckpt(c->store, reader, v->path, false, version_read, v);
+    size_t bytes = tb_copy_bytes(c, engine_model, row->lora.rank, false);
+    if (tb_copy_begin(c, &v->copy, bytes, version_load)) version_load(&v->copy);
     return v;
 }
 

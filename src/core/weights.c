@@ -4,6 +4,7 @@
  *   save      EXPORT → tb_store_write_ckpt → done
  *   publish   PUBLISH → a sampling session on that version (nothing on disk)
  *   load      tb_store_read_ckpt → ADAPTER_LOAD → done
+ *   new       tb_store_get_ckpt → room for a copy → as a load
  *   unload    ADAPTER_FREE → the model is gone
  *
  * Thread: the loop's.
@@ -285,6 +286,29 @@ static void read_for_new(void *arg, const struct tb_error *err, const struct tb_
     tb_core_leave(c);
 }
 
+static void read_new(struct tb_core_copy *y)
+{
+    struct tb_future *f = TB_CONTAINER_OF(y, struct tb_future, copy);
+    const struct tb_load_weights *p = &f->op->u.load_weights;
+    f->core->n_async++;
+    tb_store_read_ckpt(f->core->store, reader_of(f), p->path, p->optimizer, read_for_new, f);
+}
+
+static void row_for_new(void *arg, const struct tb_error *err, const struct tb_ckpt_row *row)
+{
+    struct tb_future *f = arg;
+    struct tb_core *c = f->core;
+    c->n_async--;
+    if (err->code) {
+        tb_model_created(f, err);
+    } else {
+        int model = tb_engine_model_find(c->engine, row->base_model);
+        size_t bytes = tb_copy_bytes(c, model, row->lora.rank, f->op->u.load_weights.optimizer);
+        if (tb_copy_begin(c, &f->copy, bytes, read_new)) read_new(&f->copy);
+    }
+    tb_core_leave(c);
+}
+
 void tb_weights_load_new(struct tb_future *f)
 {
     struct tb_error e = {0};
@@ -294,7 +318,7 @@ void tb_weights_load_new(struct tb_future *f)
         return;
     }
     f->core->n_async++;
-    tb_store_read_ckpt(f->core->store, reader_of(f), p->path, p->optimizer, read_for_new, f);
+    tb_store_get_ckpt(f->core->store, reader_of(f), p->path, row_for_new, f);
 }
 
 /* ---- unload */

@@ -131,6 +131,8 @@ static void metrics(struct tb_api *a, struct tb_http_request *req, const struct 
     put_gauge(&b, "futures_done", "Results that can still be fetched.", s.futures_done);
     put_gauge(&b, "waiters", "Long polls being held.", s.waiters);
     put_gauge(&b, "queued_bytes", "Bytes of requests waiting in queues.", s.queued_bytes);
+    put_gauge(&b, "copy_bytes", "Bytes of adapters on their way to or from checkpoints.",
+              s.copy_bytes);
     put_by_type(&b, "ops_submitted_total", "Requests taken, by type.", s.submitted);
     put_by_type(&b, "ops_executed_total", "Requests that ran, by type.", s.executed);
     put_by_type(&b, "ops_failed_total", "Requests that failed, by type.", s.failed);

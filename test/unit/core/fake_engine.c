@@ -33,6 +33,7 @@ static const struct tb_model_info infos[] = {
     {.name = "m0",
      .dir = "/models/m0",
      .arch = "FakeForCausalLM",
+     .vocab = 100,
      .max_rank = 64,
      .max_context = 128},
     {.name = "m1",

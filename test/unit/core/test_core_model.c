@@ -433,6 +433,62 @@ static void test_backpressure(void **state)
 }
 
 /* A big batch is cut down to its result, which stays whole. */
+/* Copies of adapters that would pass the limit together wait, in order, and so does what comes
+ * behind them in their models' queues. */
+static void test_copies_wait(void **state)
+{
+    enum { N = 5, COPY = 100 * 8 * 4 }; /* fake model: vocab x rank floats */
+    struct env *e = *state;
+    env_close(e);
+    struct tb_core_options o = {.max_queued_bytes = 6 * COPY};
+    env_open(e, &o);
+    char id[N][100], saved[N][400], after[N][400], path[600];
+    for (int i = 0; i < N; i++) {
+        make_model(e, i, 8, id[i]);
+        must_submit(e, op_fb(id[i], 1, i + 1, NULL), after[i]);
+        must_submit(e, op_of(TB_OP_OPTIM_STEP, id[i], 2), after[i]);
+        result(e, after[i]);
+    }
+    for (int i = 0; i < N; i++) {
+        must_submit(e, op_save(TB_OP_SAVE_WEIGHTS, id[i], 3, "c"), saved[i]);
+        must_submit(e, op_of(TB_OP_OPTIM_STEP, id[i], 4), after[i]);
+    }
+    assert_int_equal(fake_waiting_of(e->engine, TB_TASK_EXPORT), 2);
+    assert_int_equal(fake_waiting_of(e->engine, TB_TASK_OPTIM), 2); /* of those models */
+    assert_int_equal(stats(e).copy_bytes, 6 * COPY);
+    for (int i = 0; i < N; i++) {
+        struct waited a = result(e, saved[i]);
+        assert_int_equal(a.state, TB_FUTURE_DONE);
+        assert_true(stats(e).copy_bytes <= 6 * COPY);
+        assert_true(result(e, after[i]).metric ==
+                    (double)fake_next_param(fake_next_param(0, i + 1), 0));
+    }
+    assert_int_equal(stats(e).copy_bytes, 0);
+    /* Loads count too: one with its moments, four without; the fifth of these waits. */
+    char loaded[N][400];
+    for (int i = 0; i < N; i++) {
+        snprintf(path, sizeof(path), "tinker://%s/weights/c", id[i]);
+        must_submit(e, op_load(id[i], 5, path, i == 0), loaded[i]);
+    }
+    assert_int_equal(stats(e).copy_bytes, 6 * COPY);
+    settle(e);
+    for (int i = 0; i < N; i++)
+        assert_int_equal(result(e, loaded[i]).state, TB_FUTURE_DONE);
+    assert_int_equal(stats(e).copy_bytes, 0);
+    /* What waits goes with its session; what alone is beyond the limit goes through. */
+    for (int i = 0; i < N; i++)
+        must_submit(e, op_save(TB_OP_SAVE_WEIGHTS, id[i], 6, "d"), saved[i]);
+    make_model(e, N, 64, id[0]);
+    must_submit(e, op_save(TB_OP_SAVE_WEIGHTS, id[0], 1, "big"), saved[0]);
+    assert_int_equal(result(e, saved[0]).state, TB_FUTURE_DONE);
+    for (int i = 0; i < 3; i++)
+        must_submit(e, op_save(TB_OP_SAVE_WEIGHTS, id[i + 1], 7, "e"), saved[i]);
+    struct tb_error err = {0};
+    assert_int_equal(tb_core_finish_session(e->core, e->tenant, e->session, NULL, NULL, &err), 0);
+    settle(e);
+    assert_int_equal(stats(e).copy_bytes, 0);
+}
+
 static void test_compaction(void **state)
 {
     struct env *e = *state;
@@ -455,7 +511,7 @@ int main(void)
         SUITE(test_saves),          SUITE(test_load_failures),
         SUITE(test_create_by_load), SUITE(test_creation_failure),
         SUITE(test_unload),         SUITE(test_backpressure),
-        SUITE(test_compaction),
+        SUITE(test_compaction),     SUITE(test_copies_wait),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
