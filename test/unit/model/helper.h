@@ -33,6 +33,16 @@ static inline int repeats(int n)
 #endif
 }
 
+/* Of many cases a test takes every n-th under the emulation. */
+static inline int sparse(int n)
+{
+#ifdef TB_CUDA_EMU
+    return n;
+#else
+    return 1;
+#endif
+}
+
 /* ---- oracle */
 const char *oracle_path(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 json_t *oracle_json(const char *path);

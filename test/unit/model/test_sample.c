@@ -818,6 +818,15 @@ static void test_fair_prefill(void **state)
     tb_model_free(big);
 }
 
+static struct tb_op *give_up_op(int i)
+{
+    int32_t prompt[80];
+    random_tokens(prompt, 20 + 13 * i, shapes[0].vocab, (uint64_t)i);
+    struct tb_op *op = op_sample(prompt, 20 + 13 * i, 60, 3);
+    op->u.sample.n_samples = 1 + i % 3;
+    return op;
+}
+
 /* A sample given up while it is prefilled, decodes, waits for pages or was sent away gives all its
  * pages back, and the others go on to the same results. */
 static void test_give_up(void **state)
@@ -828,21 +837,19 @@ static void test_give_up(void **state)
     struct tb_model_options o = {.kv_bytes = 13 * (big->kv.bytes / (size_t)big->kv.n_pages)};
     struct tb_model *m = open_model(backend_f32(), &shapes[0], &o);
     m->kv.no_reuse = true; /* so that the free pages alone are counted */
+    struct tb_op *alone[N];
     int seen[4] = {0};
-    for (int round = 0; round < N * 24; round++) {
-        struct tb_op *ops[N], *alone[N];
+    for (int i = 0; i < N; i++) {
+        alone[i] = give_up_op(i);
+        run_samples(big, NULL, &alone[i], 1, 1000);
+    }
+    for (int round = 0; round < N * 24; round += sparse(7)) {
+        struct tb_op *ops[N];
         struct tb_sampling *s[N];
         struct tb_error err;
         int rows, n = N, victim = round % N;
         for (int i = 0; i < N; i++) {
-            int32_t prompt[80];
-            random_tokens(prompt, 20 + 13 * i, shapes[0].vocab, (uint64_t)i);
-            for (int k = 0; k < 2; k++) {
-                struct tb_op *op = op_sample(prompt, 20 + 13 * i, 60, 3);
-                op->u.sample.n_samples = 1 + i % 3;
-                *(k ? &ops[i] : &alone[i]) = op;
-            }
-            run_samples(big, NULL, &alone[i], 1, 1000);
+            ops[i] = give_up_op(i);
             assert_int_equal(tb_sampling_create(&s[i], m, NULL, ops[i]), 0);
         }
         for (int step = 0; step < round / N; step++)
@@ -867,9 +874,10 @@ static void test_give_up(void **state)
         for (int i = 0; i < N; i++) {
             if (i != victim) same_sequences(ops[i], alone[i]);
             tb_op_destroy(ops[i]);
-            tb_op_destroy(alone[i]);
         }
     }
+    for (int i = 0; i < N; i++)
+        tb_op_destroy(alone[i]);
     for (int i = 0; i < 4; i++)
         if (!seen[i]) fail_msg("no sample was given up in state %d", i);
     tb_model_free(m);
