@@ -460,10 +460,10 @@ static int teardown(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_f32),          cmocka_unit_test(test_bf16),
-        cmocka_unit_test(test_shards),
-        cmocka_unit_test(test_cannot_write), cmocka_unit_test(test_cannot_read),
-        cmocka_unit_test(test_never_fits),   cmocka_unit_test(test_folder),
+        cmocka_unit_test(test_f32),         cmocka_unit_test(test_bf16),
+        cmocka_unit_test(test_shards),      cmocka_unit_test(test_cannot_write),
+        cmocka_unit_test(test_cannot_read), cmocka_unit_test(test_never_fits),
+        cmocka_unit_test(test_folder),
     };
     return cmocka_run_group_tests_name("paging", tests, NULL, teardown);
 }
