@@ -35,6 +35,10 @@ int tb_vocab_create(const struct tb_tokenizer *t, int32_t n_tokens, struct tb_vo
                     struct tb_error *err);
 void tb_vocab_unref(struct tb_vocab *v); /* accepts NULL; grammars hold references of their own */
 int32_t tb_vocab_size(const struct tb_vocab *v);
+/* What all grammars of a vocabulary may take: beyond it those that have more than a small share
+ * grow no more. Beyond half of it none should be kept for later. */
+#define TB_VOCAB_GRAMMAR_BYTES ((size_t)512 << 20)
+bool tb_vocab_crowded(const struct tb_vocab *v); /* beyond that half. Any thread. */
 
 /* ---- grammar */
 struct tb_grammar;
@@ -62,7 +66,8 @@ bool tb_grammar_final(const struct tb_grammar *g, uint32_t state);    /* and can
 const uint64_t *tb_grammar_mask(struct tb_grammar *g, uint32_t state, uint32_t left);
 /* A mask needed more work than that: a new one of the same schema would too. Any thread. */
 bool tb_grammar_too_complex(const struct tb_grammar *g);
-/* Its states take more than half of that: texts to come should have a new one. Any thread. */
+/* Its states take more than half of what they may: texts to come should have a new one. Any thread.
+ */
 bool tb_grammar_worn(const struct tb_grammar *g);
 
 #endif

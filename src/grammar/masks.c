@@ -192,13 +192,18 @@ static uint32_t fill(struct tb_grammar *g, uint32_t state, uint32_t left, uint64
 const uint64_t *tb_grammar_mask(struct tb_grammar *g, uint32_t state, uint32_t left)
 {
     size_t words = ((size_t)g->vocab->n + 63) / 64;
-    if (!g->masks) g->masks = tb_try_calloc((TB_GRAMMAR_MASKS + 1) * words, sizeof(*g->masks));
+    if (!g->masks) {
+        g->masks = tb_try_calloc((TB_GRAMMAR_MASKS + 1) * words, sizeof(*g->masks));
+        if (g->masks) tb_states_count(g, (TB_GRAMMAR_MASKS + 1) * words * sizeof(*g->masks));
+    }
     if (!g->path) g->path = tb_try_calloc((size_t)g->vocab->longest + 1, sizeof(*g->path));
     if (!g->masks || !g->path) return NULL;
     struct tb_state *s = &g->states[state];
     if (s->mask && g->mask_most[s->mask - 1] < left) return g->masks + (s->mask - 1) * words;
     uint32_t most = fill(g, state, left, g->masks + TB_GRAMMAR_MASKS * words);
-    if (g->failed || tb_states_bytes(g) > TB_GRAMMAR_MAX_BYTES / 2)
+    size_t bytes = tb_states_bytes(g);
+    if (g->failed || bytes > TB_GRAMMAR_MAX_BYTES / 2 ||
+        (bytes > TB_GRAMMAR_LEAST && tb_vocab_crowded(g->vocab)))
         atomic_store_explicit(&g->worn, true, memory_order_relaxed);
     if (g->failed) return NULL;
     s = &g->states[state];

@@ -33,6 +33,7 @@ void tb_rules_destroy(struct tb_grammar *g)
     tb_free(g->queue.p);
     tb_free(g->masks);
     tb_free(g->path);
+    atomic_fetch_sub_explicit(&g->vocab->grammar_bytes, g->counted, memory_order_relaxed);
     tb_vocab_unref(g->vocab);
     tb_free(g);
 }
@@ -228,6 +229,7 @@ int tb_rules_finish(struct tb_grammar *g, uint32_t root, struct tb_error *err)
     if (begins_with_itself(g, root))
         return tb_error_set(err, TB_EINVAL, "a part of the schema refers to itself only");
     find_classes(g);
+    tb_states_count(g, g->cap_nodes * sizeof(*g->nodes) + g->cap_sets * sizeof(*g->sets));
     if (tb_states_start(g, root))
         return tb_error_set(err, TB_ETOOBIG,
                             "the grammar needs more than %d bytes, or is in more than %d places "

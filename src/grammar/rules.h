@@ -21,6 +21,7 @@
 #define TB_GRAMMAR_MAX_SETS  4096
 #define TB_GRAMMAR_MAX_DEPTH 512         /* frames in a stack before nesting is brought to an end */
 #define TB_GRAMMAR_MAX_BYTES (128 << 20) /* of frames and states */
+#define TB_GRAMMAR_LEAST     (2 << 20)   /* of these, whatever other grammars take */
 #define TB_GRAMMAR_MAX_WORK  (1 << 20)   /* frames looked at for one mask */
 #define TB_GRAMMAR_MASKS     128         /* masks kept */
 #define TB_GRAMMAR_NEVER     (1u << 30)  /* the shortest text of a rule that never ends */
@@ -96,6 +97,7 @@ struct tb_grammar {
     struct tb_u32s members;        /* of all states: frames at BYTES, ascending */
     struct tb_u32s closure, queue; /* scratch */
     size_t bytes;                  /* of next tables */
+    size_t counted;                /* in vocab->grammar_bytes */
     uint32_t step, work;           /* number of the step; frames looked at since the mask began */
     uint32_t start;
 
@@ -129,7 +131,8 @@ int tb_rules_finish(struct tb_grammar *g, uint32_t root, struct tb_error *err);
 /* ---- states.c */
 int tb_states_start(struct tb_grammar *g, uint32_t root);
 uint32_t tb_states_step(struct tb_grammar *g, uint32_t state, unsigned char byte);
-size_t tb_states_bytes(const struct tb_grammar *g); /* of frames and states */
+size_t tb_states_bytes(const struct tb_grammar *g);       /* of frames and states */
+void tb_states_count(struct tb_grammar *g, size_t bytes); /* of anything that the grammar holds */
 
 /* ---- vocab.c */
 struct tb_token_list { /* by bytes */
@@ -146,7 +149,9 @@ struct tb_token_list { /* by bytes */
 struct tb_vocab {
     _Atomic int refs;
     const struct tb_tokenizer *t;
-    int32_t n; /* columns */
+    _Atomic size_t grammar_bytes; /* of the grammars that live */
+    size_t max_grammar_bytes;     /* TB_VOCAB_GRAMMAR_BYTES; tests set less */
+    int32_t n;                    /* columns */
     int32_t longest;
     struct tb_token_list all, rough;       /* with bytes; of these, those that are not plain */
     uint64_t *plain[TB_GRAMMAR_PLAIN + 1]; /* by characters: bits [n]; NULL: there are none */

@@ -9,19 +9,38 @@
 size_t tb_states_bytes(const struct tb_grammar *g)
 {
     return g->bytes + (size_t)g->cap_frames * sizeof(*g->frames) +
-           (size_t)g->cap_states * sizeof(*g->states) + (size_t)g->members.cap * sizeof(uint32_t) +
-           ((size_t)g->frame_table.cap + g->state_table.cap) * sizeof(uint32_t);
+           (size_t)g->cap_states * sizeof(*g->states) +
+           ((size_t)g->members.cap + g->closure.cap + g->queue.cap + g->frame_table.cap +
+            g->state_table.cap) *
+               sizeof(uint32_t);
 }
 
-/* Room for one more of size bytes in an array of n; false beyond the grammar's limit. */
+void tb_states_count(struct tb_grammar *g, size_t bytes)
+{
+    g->counted += bytes;
+    atomic_fetch_add_explicit(&g->vocab->grammar_bytes, bytes, memory_order_relaxed);
+}
+
+/* Counts bytes more; false, with failed set, beyond the grammar's limit or that of all. */
+static bool take(struct tb_grammar *g, size_t bytes)
+{
+    const struct tb_vocab *v = g->vocab;
+    size_t own = tb_states_bytes(g) + bytes;
+    size_t all = atomic_load_explicit(&v->grammar_bytes, memory_order_relaxed) + bytes;
+    if (own > TB_GRAMMAR_MAX_BYTES || (own > TB_GRAMMAR_LEAST && all > v->max_grammar_bytes)) {
+        g->failed = true;
+        return false;
+    }
+    tb_states_count(g, bytes);
+    return true;
+}
+
+/* Room for one more of size bytes in an array of n; false beyond the limit. */
 static bool grow(struct tb_grammar *g, void **p, uint32_t n, uint32_t *cap, size_t size)
 {
     if (n < *cap) return true;
     uint32_t more = *cap ? 2 * *cap : 64;
-    if (tb_states_bytes(g) + (more - *cap) * size > TB_GRAMMAR_MAX_BYTES) {
-        g->failed = true;
-        return false;
-    }
+    if (!take(g, (more - *cap) * size)) return false;
     *p = tb_realloc(*p, more * size);
     *cap = more;
     return true;
@@ -46,10 +65,7 @@ static bool table_room(struct tb_grammar *g, struct tb_table *t,
 {
     if (2 * (t->n + 1) <= t->cap) return true;
     uint32_t cap = t->cap ? 2 * t->cap : 128;
-    if (tb_states_bytes(g) + cap * sizeof(uint32_t) > TB_GRAMMAR_MAX_BYTES) {
-        g->failed = true;
-        return false;
-    }
+    if (!take(g, (cap - t->cap) * sizeof(uint32_t))) return false;
     uint32_t *slots = tb_calloc(cap, sizeof(*slots));
     for (uint32_t i = 0; i < t->cap; i++) {
         if (!t->slots[i]) continue;
@@ -240,10 +256,7 @@ uint32_t tb_states_step(struct tb_grammar *g, uint32_t state, unsigned char byte
     uint32_t *next = g->states[state].next;
     if (!next) {
         size_t size = g->n_classes * sizeof(*next);
-        if (tb_states_bytes(g) + size > TB_GRAMMAR_MAX_BYTES) {
-            g->failed = true;
-            return 0;
-        }
+        if (!take(g, size)) return 0;
         next = g->states[state].next = tb_malloc(size);
         memset(next, 0xff, size); /* TB_STATE_UNKNOWN */
         g->bytes += size;

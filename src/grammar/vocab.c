@@ -97,6 +97,7 @@ int tb_vocab_create(const struct tb_tokenizer *t, int32_t n_tokens, struct tb_vo
     int rc = TB_ENOMEM;
     if (!e || !v) goto out;
     atomic_init(&v->refs, 1);
+    v->max_grammar_bytes = TB_VOCAB_GRAMMAR_BYTES;
     for (int32_t id = 0; id < n_known; id++) {
         struct tb_span s;
         if (tb_tokenizer_is_special(t, id) || tb_tokenizer_token_bytes(t, id, &s) || s.n == 0 ||
@@ -142,6 +143,12 @@ void tb_vocab_unref(struct tb_vocab *v)
     for (int k = 0; k <= TB_GRAMMAR_PLAIN; k++)
         tb_free(v->plain[k]);
     tb_free(v);
+}
+
+bool tb_vocab_crowded(const struct tb_vocab *v)
+{
+    size_t bytes = atomic_load_explicit(&v->grammar_bytes, memory_order_relaxed);
+    return bytes > v->max_grammar_bytes / 2;
 }
 
 int32_t tb_vocab_size(const struct tb_vocab *v)

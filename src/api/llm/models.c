@@ -173,6 +173,13 @@ static void put_kept(struct keep *k, bool json, struct tb_span schema,
     if (g->g) tb_grammar_ref(g->g);
 }
 
+/* Gives up the oldest while all take much. Those that are in use live on until they are not. */
+static void make_room(struct keep *k)
+{
+    for (unsigned i = 0; k->vocab && i < KEPT && tb_vocab_crowded(k->vocab); i++)
+        drop(&k->kept[(k->n_kept + i) % KEPT]);
+}
+
 /* A schema is compiled without the lock: it may take long, and whoever waits for the lock takes a
  * thread from the pool. Refusals are kept too, as clients repeat what was refused; want of memory
  * may pass. */
@@ -185,6 +192,7 @@ int tb_llm_grammar_get(const struct tb_llm_model *m, bool json, struct tb_span s
     int rc = 0;
     uv_mutex_lock(&k->lock);
     bool found = take_kept(k, json, schema, out, err);
+    if (!found) make_room(k);
     if (!found && !k->vocab) rc = tb_vocab_create(m->info.text, m->info.vocab, &k->vocab, err);
     uv_mutex_unlock(&k->lock);
     if (found) return out->g ? 0 : err->code;

@@ -422,6 +422,36 @@ static void test_worn_before_it_fails(void **state)
     tb_grammar_unref(g);
 }
 
+/* Many grammars at once have a limit too: beyond it the large ones grow no more, and small ones do.
+ */
+static void test_all_are_bounded(void **state)
+{
+    enum { N = 8 };
+    const char *schema = "{\"type\":\"string\",\"minLength\":1000000,\"maxLength\":1000000}";
+    struct tb_grammar *g[N];
+    vocab->max_grammar_bytes = 16 << 20;
+    assert_int_equal(vocab->grammar_bytes, 0);
+    for (int i = 0; i < N; i++) {
+        g[i] = make(schema);
+        uint32_t s = tb_grammar_feed(g[i], tb_grammar_start(g[i]), tb_span_str("\""));
+        while (s)
+            s = tb_grammar_feed(g[i], s, tb_span_str("a"));
+        assert_in_range(tb_states_bytes(g[i]), 1 << 20, 16 << 20);
+        assert_null(tb_grammar_mask(g[i], tb_grammar_start(g[i]), 10));
+        assert_true(tb_grammar_worn(g[i]) && tb_vocab_crowded(vocab));
+        assert_in_range(vocab->grammar_bytes, 8 << 20, (16 + i * 2) << 20);
+    }
+    struct tb_grammar *small = make("{\"enum\":[\"a\",\"b\"]}");
+    assert_true(matches(small, "\"a\""));
+    assert_non_null(tb_grammar_mask(small, tb_grammar_start(small), 10));
+    assert_false(tb_grammar_worn(small));
+    tb_grammar_unref(small);
+    for (int i = 0; i < N; i++)
+        tb_grammar_unref(g[i]);
+    assert_int_equal(vocab->grammar_bytes, 0);
+    vocab->max_grammar_bytes = TB_VOCAB_GRAMMAR_BYTES;
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -434,6 +464,7 @@ int main(void)
         cmocka_unit_test(test_large_enum),
         cmocka_unit_test(test_memory_is_bounded),
         cmocka_unit_test(test_worn_before_it_fails),
+        cmocka_unit_test(test_all_are_bounded),
     };
     return cmocka_run_group_tests(tests, setup, teardown);
 }
