@@ -247,7 +247,8 @@ static void loras(int T)
             s[k] = (struct tb_lora_span){k * len, len, len == 1 ? mats + k : mats, ga, gb};
         }
         double t[4] = {0};
-        TIME(t[0], ops->lora_down(be, s, n, x, m->n_in, m->n_in, u, RANK));
+        const struct tb_lora_term term = {s, n, u, RANK, 0, m->n_out};
+        TIME(t[0], ops->lora_down(be, &term, 1, x, m->n_in, m->n_in));
         TIME(t[1], ops->lora_up(be, s, n, u, RANK, y, m->n_out, m->n_out));
         if (T > 32) {
             TIME(t[2], ops->lora_up_bwd(be, s, n, dy, m->n_out, m->n_out, u, du, RANK));

@@ -59,12 +59,14 @@ struct tb_lora_span {
     float *gb; /* [n_out, rank] */
 };
 
+#define TB_LORA_TERMS 3 /* of a product at most: q, k, v */
+
 /* A LoRA module's part in a (stacked) product: u = x A^T of its spans, and where its outputs lie.
  */
 struct tb_lora_term {
     const struct tb_lora_span *spans;
     int n_spans;
-    const void *u; /* act, stride ldu, as lora_down wrote it */
+    void *u; /* act, stride ldu: lora_down writes it */
     int ldu;
     int col, n_out;
 };
@@ -179,8 +181,9 @@ struct tb_backend_ops {
 
     /* ---- LoRA over spans; rows outside of the spans are not touched. u is act with row stride ldu
      * and holds x A^T (unscaled), rank values a row. */
-    void (*lora_down)(struct tb_backend *be, const struct tb_lora_span *s, int n_spans,
-                      const void *x, int ldx, int n_in, void *u, int ldu);
+    /* Each term's u, of at most TB_LORA_TERMS that share x: col and n_out are not looked at. */
+    void (*lora_down)(struct tb_backend *be, const struct tb_lora_term *terms, int n_terms,
+                      const void *x, int ldx, int n_in);
     /* y[:, 0..n_out) += scale * u B^T */
     void (*lora_up)(struct tb_backend *be, const struct tb_lora_span *s, int n_spans, const void *u,
                     int ldu, float *y, int ldy, int n_out);

@@ -678,12 +678,15 @@ static void batch_add(struct batch *b, const struct tb_lora_span *s, int n_spans
 }
 
 /* Enough full tiles of 32 rows to fill the device; else smaller ones, which are more. */
-static bool many_rows(struct tb_backend *be, const struct tb_lora_span *s, int n_spans)
+static int tile_rows(struct tb_backend *be, const struct tb_lora_term *terms, int n_terms)
 {
-    long rows = 0;
-    for (int i = 0; i < n_spans; i++)
-        rows += s[i].n;
-    return rows >= 32L * tb_cuda(be)->n_sm / 4 && rows >= 16L * n_spans;
+    for (int i = 0; i < n_terms; i++) {
+        long rows = 0, n_spans = terms[i].n_spans;
+        for (int j = 0; j < n_spans; j++)
+            rows += terms[i].spans[j].n;
+        if (rows >= 32L * tb_cuda(be)->n_sm / 4 && rows >= 16L * n_spans) return 32;
+    }
+    return 16;
 }
 
 static struct rows acts(const struct tb_backend *be, const void *p, int ld)
@@ -713,12 +716,16 @@ static void launch_down(const struct batch *b, const struct tile *tiles)
     });
 }
 
-static void lora_down(struct tb_backend *be, const struct tb_lora_span *s, int n_spans,
-                      const void *x, int ldx, int n_in, void *u, int ldu)
+/* All terms of a product in one launch, as in up_terms. */
+static void lora_down(struct tb_backend *be, const struct tb_lora_term *terms, int n_terms,
+                      const void *x, int ldx, int n_in)
 {
     struct batch b;
-    batch_init(&b, be, many_rows(be, s, n_spans) ? 32 : 16, launch_down);
-    batch_add(&b, s, n_spans, false, acts(be, x, ldx), acts(be, u, ldu), n_in);
+    batch_init(&b, be, tile_rows(be, terms, n_terms), launch_down);
+    for (int i = 0; i < n_terms; i++) {
+        const struct tb_lora_term *t = terms + i;
+        batch_add(&b, t->spans, t->n_spans, false, acts(be, x, ldx), acts(be, t->u, t->ldu), n_in);
+    }
     batch_run(&b);
 }
 
@@ -738,9 +745,7 @@ static void up_terms(struct tb_backend *be, const struct tb_lora_term *terms, in
                      int ldy)
 {
     struct batch b;
-    batch_init(&b, be, 16, launch_up);
-    for (int i = 0; i < n_terms; i++)
-        if (many_rows(be, terms[i].spans, terms[i].n_spans)) b.tile_rows = 32;
+    batch_init(&b, be, tile_rows(be, terms, n_terms), launch_up);
     for (int i = 0; i < n_terms; i++) {
         const struct tb_lora_term *t = terms + i;
         batch_add(&b, t->spans, t->n_spans, true, acts(be, t->u, t->ldu), floats(y + t->col, ldy),
@@ -752,7 +757,7 @@ static void up_terms(struct tb_backend *be, const struct tb_lora_term *terms, in
 static void lora_up(struct tb_backend *be, const struct tb_lora_span *s, int n_spans, const void *u,
                     int ldu, float *y, int ldy, int n_out)
 {
-    const struct tb_lora_term term = {s, n_spans, u, ldu, 0, n_out};
+    const struct tb_lora_term term = {s, n_spans, (void *)(uintptr_t)u, ldu, 0, n_out};
     up_terms(be, &term, 1, y, ldy);
 }
 

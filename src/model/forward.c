@@ -10,11 +10,6 @@
 
 #include "util/mem.h"
 
-/* Adapted modules of one product: q, k, v. A sampling step's head needs as many spans: its rows
- * come in three groups (scored, drawn once, drawn several times), each with at most the step's
- * runs. */
-#define TB_MAX_PARTS 3
-
 /* ---- layout: the same walk counts bytes (base NULL) and places pointers */
 struct carve {
     char *base;
@@ -119,9 +114,10 @@ static int alloc_host(struct tb_pass *p)
     p->saved = tb_calloc(L, sizeof(*p->saved));
     p->x = tb_calloc(2 * L + 1, sizeof(*p->x));
     p->x_mid = p->x + L + 1;
-    /* Sampling lists its rows with logits in three groups, each with the pass's versions. */
+    /* Sampling lists its rows with logits in three groups (scored, drawn once, drawn several
+     * times), each with the pass's versions. */
     size_t n = (size_t)TB_MAX(3 * p->n_lora, p->n_grads) + 1;
-    p->spans = tb_try_calloc(TB_MAX_PARTS * n, sizeof(*p->spans));
+    p->spans = tb_try_calloc(TB_LORA_TERMS * n, sizeof(*p->spans));
     return p->spans ? 0 : TB_ENOMEM;
 }
 
@@ -189,17 +185,17 @@ static void product(struct tb_pass *p, const struct tb_weight *w, const void *x,
 {
     const struct tb_backend_ops *ops = p->m->be->ops;
     struct tb_backend *be = p->m->be;
-    struct tb_lora_term terms[TB_MAX_PARTS];
+    struct tb_lora_term terms[TB_LORA_TERMS];
     struct tb_lora_span *spans = p->spans;
     int n = 0;
     for (int i = 0; i < n_parts; i++) {
         const struct part *a = &parts[i];
         int n_spans = tb_lora_spans(p->lora, p->n_lora, a->module, false, spans);
         if (n_spans == 0) continue;
-        ops->lora_down(be, spans, n_spans, x, n_in, n_in, a->u, p->ru);
         terms[n++] = (struct tb_lora_term){spans, n_spans, a->u, p->ru, a->col, a->n_out};
         spans += n_spans;
     }
+    if (n) ops->lora_down(be, terms, n, x, n_in, n_in);
     if (n && ops->matmul_lora) {
         ops->matmul_lora(be, w, x, p->T, bias, y, ldy, accumulate, terms, n);
         return;

@@ -60,9 +60,9 @@ void tb_head_logits(struct tb_pass *p, int row, int n)
         s.n = hi - lo;
         p->spans[k++] = s;
     }
-    if (k) ops->lora_down(m->be, p->spans, k, x, d, d, p->u_head, p->ru);
+    const struct tb_lora_term term = {p->spans, k, p->u_head, p->ru, 0, V};
+    if (k) ops->lora_down(m->be, &term, 1, x, d, d);
     if (k && ops->matmul_lora) {
-        const struct tb_lora_term term = {p->spans, k, p->u_head, p->ru, 0, V};
         ops->matmul_lora(m->be, m->head, x, n, NULL, p->logits, V, false, &term, 1);
         return;
     }

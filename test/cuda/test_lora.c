@@ -97,7 +97,7 @@ static void run(struct tb_backend *be, const struct lora *c, const struct tb_lor
     size_t r = (size_t)row, ldx = (size_t)c->ldx, ldy = (size_t)c->ldy,
            ru = r * (size_t)c->ldu * c->esz;
     const struct tb_backend_ops *f = be->ops;
-    f->lora_down(be, s, n, c->x + r * ldx * c->esz, c->ldx, c->n_in, o->u + ru, c->ldu);
+    lora_down(be, s, n, c->x + r * ldx * c->esz, c->ldx, c->n_in, o->u + ru, c->ldu);
     f->lora_up(be, s, n, o->u + ru, c->ldu, o->y + r * ldy, c->ldy, c->n_out);
     f->lora_up_bwd(be, s, n, c->dy + r * ldy * c->esz, c->ldy, c->n_out, o->u + ru, o->du + ru,
                    c->ldu);
@@ -273,7 +273,7 @@ static void test_many_spans(void **state)
             s[i] = (struct tb_lora_span){i, 1, &mats[i], to, to + RANK * IN};
         }
         const struct tb_backend_ops *f = be[b]->ops;
-        f->lora_down(be[b], s, T, x, IN, IN, u[b], RANK);
+        lora_down(be[b], s, T, x, IN, IN, u[b], RANK);
         f->lora_up(be[b], s, T, u[b], RANK, y[b], OUT, OUT);
         f->lora_up_bwd(be[b], s, T, dy, OUT, OUT, u[b], du[b], RANK);
         f->lora_down_bwd(be[b], s, T, du[b], RANK, x, IN, IN, dx[b], IN);

@@ -20,7 +20,8 @@
 struct run {
     int row, n;
     const struct tb_lora_mat *mat;
-    int first_task, chunk; /* its first task, rows a task */
+    const struct tb_lora_term *term; /* of x A^T */
+    int first_task, chunk;           /* its first task, rows a task */
 };
 
 struct lora {
@@ -41,26 +42,33 @@ struct lora {
 };
 
 /* Joins neighbouring spans of one module and cuts the runs into tasks of at most chunk rows. */
-static void make_runs(struct lora *l, int chunk, int tasks_per_chunk)
+static void add_runs(struct lora *l, const struct tb_lora_span *spans, int n_spans,
+                     const struct tb_lora_term *term, int chunk, int tasks_per_chunk)
 {
-    l->runs = tb_scratch_get(&l->cpu->shared[0], (size_t)l->n_spans * sizeof(*l->runs));
-    l->n_runs = l->n_tasks = 0;
-    for (int i = 0; i < l->n_spans; i++) {
-        const struct tb_lora_span *s = l->spans + i;
-        struct run *last = l->n_runs ? &l->runs[l->n_runs - 1] : NULL;
+    int first = l->n_runs;
+    for (int i = 0; i < n_spans; i++) {
+        const struct tb_lora_span *s = spans + i;
+        struct run *last = l->n_runs > first ? &l->runs[l->n_runs - 1] : NULL;
         if (s->n <= 0) continue;
         if (last && last->mat == s->mat && last->row + last->n == s->row)
             last->n += s->n;
         else
-            l->runs[l->n_runs++] = (struct run){.row = s->row, .n = s->n, .mat = s->mat};
+            l->runs[l->n_runs++] =
+                (struct run){.row = s->row, .n = s->n, .mat = s->mat, .term = term};
     }
-    for (int i = 0; i < l->n_runs; i++) {
+    for (int i = first; i < l->n_runs; i++) {
         struct run *r = l->runs + i;
         int chunks = (r->n + chunk - 1) / chunk;
         r->chunk = (r->n + chunks - 1) / chunks;
         r->first_task = l->n_tasks;
         l->n_tasks += (r->n + r->chunk - 1) / r->chunk * tasks_per_chunk;
     }
+}
+
+static void make_runs(struct lora *l, int chunk, int tasks_per_chunk)
+{
+    l->runs = tb_scratch_get(&l->cpu->shared[0], (size_t)l->n_spans * sizeof(*l->runs));
+    add_runs(l, l->spans, l->n_spans, NULL, chunk, tasks_per_chunk);
 }
 
 static const struct run *run_of(const struct lora *l, int task)
@@ -162,7 +170,7 @@ static void down_task(void *arg, int task, int thread)
     const struct run *run = run_of(l, task);
     int row = run->row + (task - run->first_task) * run->chunk,
         end = imin(row + run->chunk, run->row + run->n);
-    size_t n_in = (size_t)l->n_in;
+    size_t n_in = (size_t)l->n_in, ldu = (size_t)run->term->ldu;
     for (; row < end; row += 4) {
         int R = imin(4, end - row);
         for (int c = 0; c < run->mat->rank; c += 4) {
@@ -172,25 +180,23 @@ static void down_task(void *arg, int task, int thread)
                     (const act_t *)run->mat->a + (size_t)c * n_in, n_in, l->n_in, out);
             for (int r = 0; r < R; r++)
                 for (int j = 0; j < C; j++)
-                    tb_store(ACT, l->v + (size_t)(row + r) * l->ldv, (size_t)(c + j),
+                    tb_store(ACT, run->term->u, (size_t)(row + r) * ldu + (size_t)(c + j),
                              out[r * C + j]);
         }
     }
 }
 
-static void lora_down(struct tb_backend *be, const struct tb_lora_span *s, int n_spans,
-                      const void *x, int ldx, int n_in, void *u, int ldu)
+static void lora_down(struct tb_backend *be, const struct tb_lora_term *terms, int n_terms,
+                      const void *x, int ldx, int n_in)
 {
     struct tb_cpu *c = tb_cpu(be);
-    struct lora l = {.spans = s,
-                     .n_spans = n_spans,
-                     .n_in = n_in,
-                     .x = x,
-                     .ldx = (size_t)ldx,
-                     .v = u,
-                     .ldv = (size_t)ldu,
-                     .cpu = c};
-    make_runs(&l, DOWN_ROWS, 1);
+    struct lora l = {.n_in = n_in, .x = x, .ldx = (size_t)ldx, .cpu = c};
+    size_t n_spans = 0;
+    for (int i = 0; i < n_terms; i++)
+        n_spans += (size_t)terms[i].n_spans;
+    l.runs = tb_scratch_get(&c->shared[0], n_spans * sizeof(*l.runs));
+    for (int i = 0; i < n_terms; i++)
+        add_runs(&l, terms[i].spans, terms[i].n_spans, terms + i, DOWN_ROWS, 1);
     tb_team_run(c->team, down_task, &l, l.n_tasks);
 }
 
@@ -476,14 +482,14 @@ static void lora_down_bwd(struct tb_backend *be, const struct tb_lora_span *s, i
     gradients(&l, false);
 }
 
-/* No more spans than rows. */
+/* No more spans of a term than rows. */
 void K(lora_needs)(const struct tb_pass_size *size, struct tb_needs *n)
 {
     size_t rows = (size_t)size->rows;
     tb_need(&n->own, rank_bytes(size->rank));
     tb_need(&n->own, du_of(size->rank, ROWS_CHUNK).bytes);
     tb_need(&n->own, grad_bytes(size->rank));
-    tb_need(&n->shared[0], rows * sizeof(struct run));
+    tb_need(&n->shared[0], TB_LORA_TERMS * rows * sizeof(struct run));
     tb_need(&n->shared[1], rows * sizeof(size_t));
     tb_need(&n->shared[2], rows * KP * (size_t)size->rank * sizeof(act_t));
 }

@@ -88,10 +88,11 @@ static void plain_matmul_bwd(struct tb_backend *be, const struct tb_weight *w, c
     }
 }
 
-static void plain_lora_down(struct tb_backend *be, const struct tb_lora_span *s, int n_spans,
-                            const void *x, int ldx, int n_in, void *u, int ldu)
+static void term_down(struct tb_backend *be, const struct tb_lora_term *term, const void *x,
+                      int ldx, int n_in)
 {
-    for (int i = 0; i < n_spans; i++) {
+    const struct tb_lora_span *s = term->spans;
+    for (int i = 0; i < term->n_spans; i++) {
         const struct tb_lora_mat *m = s[i].mat;
         for (int t = s[i].row; t < s[i].row + s[i].n; t++) {
             for (int r = 0; r < m->rank; r++) {
@@ -99,10 +100,17 @@ static void plain_lora_down(struct tb_backend *be, const struct tb_lora_span *s,
                 for (int k = 0; k < n_in; k++)
                     a += (double)tb_load(be->act, x, (size_t)t * (size_t)ldx + (size_t)k) *
                          (double)tb_load(be->act, m->a, (size_t)r * (size_t)n_in + (size_t)k);
-                tb_store(be->act, u, (size_t)t * (size_t)ldu + (size_t)r, (float)a);
+                tb_store(be->act, term->u, (size_t)t * (size_t)term->ldu + (size_t)r, (float)a);
             }
         }
     }
+}
+
+static void plain_lora_down(struct tb_backend *be, const struct tb_lora_term *terms, int n_terms,
+                            const void *x, int ldx, int n_in)
+{
+    for (int i = 0; i < n_terms; i++)
+        term_down(be, terms + i, x, ldx, n_in);
 }
 
 static void plain_lora_up(struct tb_backend *be, const struct tb_lora_span *s, int n_spans,

@@ -50,6 +50,14 @@ static const struct target targets[] = {
 };
 #define N_TARGETS (int)(sizeof(targets) / sizeof(targets[0]))
 
+/* x A^T of one module. */
+static inline void lora_down(struct tb_backend *be, const struct tb_lora_span *s, int n,
+                             const void *x, int ldx, int n_in, void *u, int ldu)
+{
+    const struct tb_lora_term term = {s, n, u, ldu, 0, 0};
+    be->ops->lora_down(be, &term, 1, x, ldx, n_in);
+}
+
 /* Memory for the kernels of any backend, one at a time: more than any test's calls need. */
 static inline void lend(struct tb_backend *be)
 {

@@ -119,7 +119,7 @@ static void check_lora(const struct target *t, int n_out, int n_in, int rank)
             }
             float *y = calloc(ny, 4), *dx = calloc(nx, 4);
             char *u = calloc(1, nu), *du = calloc(1, nu);
-            o->lora_down(be, spans, n, x, n_in, n_in, u, rank);
+            lora_down(be, spans, n, x, n_in, n_in, u, rank);
             o->lora_up(be, spans, n, u, rank, y, n_out, n_out);
             o->lora_up_bwd(be, spans, n, dy, n_out, n_out, u, du, rank);
             o->lora_down_bwd(be, spans, n, du, rank, x, n_in, n_in, dx, n_in);
@@ -243,7 +243,8 @@ static void test_rows(void **state)
     }
 }
 
-/* The fused product gives the bits of matmul and lora_up; single rows have a way of their own. */
+/* Several terms at once give the bits of one after the other, and the fused product those of matmul
+ * and lora_up; single rows have a way of their own. */
 static void check_fused(const int *ranks)
 {
     enum { T = 230, IN = 45, OUT = 150 };
@@ -255,17 +256,19 @@ static void check_fused(const int *ranks)
         if (m.be) {
             const struct tb_backend_ops *o = m.be->ops;
             enum tb_dtype act = m.be->act;
-            void *x = random_act(act, T * IN), *u[3], *b[3];
+            void *x = random_act(act, T * IN), *u[3], *alone[3], *a[3], *b[3];
             struct tb_lora_mat mats[3][2];
             struct tb_lora_span spans[3][40];
             struct tb_lora_term terms[3];
             for (int k = 0; k < 3; k++) {
                 size_t R = (size_t)ranks[k];
                 u[k] = random_act(act, T * (R + 1));
+                a[k] = random_act(act, IN * R * 2);
                 b[k] = random_act(act, (size_t)n_out[k] * R * 2);
                 for (int j = 0; j < 2; j++)
                     mats[k][j] = (struct tb_lora_mat){
-                        NULL, (char *)b[k] + (size_t)j * (size_t)n_out[k] * R * tb_dtype_size(act),
+                        (char *)a[k] + (size_t)j * IN * R * tb_dtype_size(act),
+                        (char *)b[k] + (size_t)j * (size_t)n_out[k] * R * tb_dtype_size(act),
                         ranks[k], 0.3f};
                 int n = 0;
                 for (int row = k; row < T; n++) {
@@ -278,6 +281,16 @@ static void check_fused(const int *ranks)
                 terms[k] =
                     (struct tb_lora_term){spans[k], n, u[k], ranks[k] + 1, from[k], n_out[k]};
             }
+            for (int k = 0; k < 3; k++) {
+                size_t bytes = T * ((size_t)ranks[k] + 1) * tb_dtype_size(act);
+                alone[k] = malloc(bytes);
+                memcpy(alone[k], u[k], bytes);
+                lora_down(m.be, spans[k], terms[k].n_spans, x, IN, IN, alone[k], ranks[k] + 1);
+            }
+            o->lora_down(m.be, terms, 3, x, IN, IN);
+            for (int k = 0; k < 3; k++)
+                assert_same_bits("lora_down", u[k], alone[k],
+                                 T * ((size_t)ranks[k] + 1) * tb_dtype_size(act));
             for (int k = 0; k < 2; k++)
                 y[k] = calloc(T * OUT, 4);
             o->matmul(m.be, m.w, x, T, NULL, y[0], OUT, false);
@@ -288,6 +301,8 @@ static void check_fused(const int *ranks)
             assert_same_bits("matmul_lora", y[1], y[0], sizeof(float) * T * OUT);
             for (int k = 0; k < 3; k++) {
                 free(u[k]);
+                free(alone[k]);
+                free(a[k]);
                 free(b[k]);
             }
             free(y[0]);

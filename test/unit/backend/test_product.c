@@ -162,7 +162,7 @@ static void lora_run(struct tb_backend *be, const struct lora_case *c, struct lo
             if (spans[s].gb == c->gb[m]) spans[s].gb = o->gb[m];
         }
     }
-    be->ops->lora_down(be, spans, N_SPANS, c->x, c->n_in, c->n_in, o->u, c->ldu);
+    lora_down(be, spans, N_SPANS, c->x, c->n_in, c->n_in, o->u, c->ldu);
     be->ops->lora_up(be, spans, N_SPANS, o->u, c->ldu, o->y, c->n_out + 1, c->n_out);
     be->ops->lora_up_bwd(be, spans, N_SPANS, c->dy, c->n_out, c->n_out, o->u, o->du, c->ldu);
     be->ops->lora_down_bwd(be, spans, N_SPANS, o->du, c->ldu, c->x, c->n_in, c->n_in, o->dx,
@@ -242,7 +242,7 @@ static void test_lora_gradient(void **state)
                                           y[T * OUT];
         struct tb_lora_mat mat = {ab, ab + (size_t)R * IN, R, 0.7f};
         struct tb_lora_span span = {0, T, &mat, ga, gb};
-        be->ops->lora_down(be, &span, 1, x, IN, IN, u, R);
+        lora_down(be, &span, 1, x, IN, IN, u, R);
         be->ops->lora_up_bwd(be, &span, 1, dy, OUT, OUT, u, du, R);
         be->ops->lora_down_bwd(be, &span, 1, du, R, x, IN, IN, dx, IN);
         for (int p = 0; p < R * (IN + OUT) + T * IN; p++) {
@@ -251,7 +251,7 @@ static void test_lora_gradient(void **state)
             for (int s = 0; s < 2; s++) {
                 *at = old + (s ? 1e-2f : -1e-2f);
                 memset(y, 0, sizeof(y));
-                be->ops->lora_down(be, &span, 1, x, IN, IN, u, R);
+                lora_down(be, &span, 1, x, IN, IN, u, R);
                 be->ops->lora_up(be, &span, 1, u, R, y, OUT, OUT);
                 f[s] = 0;
                 for (int j = 0; j < T * OUT; j++)
