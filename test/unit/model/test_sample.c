@@ -843,7 +843,7 @@ static void test_give_up(void **state)
         alone[i] = give_up_op(i);
         run_samples(big, NULL, &alone[i], 1, 1000);
     }
-    for (int round = 0; round < N * 24; round += sparse(7)) {
+    for (int round = 0; round < N * 24; round += sparse(11)) {
         struct tb_op *ops[N];
         struct tb_sampling *s[N];
         struct tb_error err;
