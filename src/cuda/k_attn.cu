@@ -30,11 +30,13 @@
 #include "cuda/attn.cuh"
 #include "util/mem.h"
 
-#define SPLIT     512 /* keys; a multiple of every tile's KEYS */
-#define FEW       16  /* rows that a small tile has room for */
-#define MAX_HD    256
-#define MAX_TASKS 2048 /* of a launch */
-#define THREADS   128  /* of k_join, k_kv_write */
+#define SPLIT        512 /* keys; a multiple of every tile's KEYS */
+#define FEW          16  /* rows that a small tile has room for */
+#define MAX_HD       256
+#define MAX_TASKS    2048 /* of a launch */
+#define THREADS      128  /* of k_kv_write */
+#define JOIN_THREADS 256
+#define JOIN_AHEAD   8 /* splits whose loads run together */
 
 /* ---- what kernels are told */
 
@@ -440,32 +442,38 @@ __global__ static void __launch_bounds__(T::N_WARPS *TB_WARP, 1)
     }
 }
 
-/* Joins the splits of tiles of `rows` rows; a warp has a row. */
-template <typename act> __global__ static void k_join(call a, const task *tasks, int rows)
+/* Joins the splits of tiles of `rows` rows; a warp has 32 dimensions of a row. */
+template <typename act>
+__global__ static void __launch_bounds__(JOIN_THREADS) k_join(call a, const task *tasks, int rows)
 {
     const task t = tasks[blockIdx.x];
-    int h = (int)blockIdx.y, lane = lane_id();
+    int h = (int)blockIdx.y, lane = lane_id(), pieces = div_up(a.hd, TB_WARP);
     int n_splits = div_up(t.key1, SPLIT) - t.key0 / SPLIT;
     rows = min(rows, t.n - t.first);
-    for (int r = warp_id(); r < rows; r += THREADS / TB_WARP) {
-        float acc[MAX_HD / TB_WARP] = {}, m = -INFINITY, l = 0;
-        for (int s = 0; s < n_splits; s++) {
-            const float *part = partial_row(a, t.part + s * rows + r, h);
-            float old, add;
-            join_factors(&m, part[a.hd], &old, &add);
-            l = fmaf(l, old, part[a.hd + 1] * add);
+    for (int i = warp_id(); i < rows * pieces; i += JOIN_THREADS / TB_WARP) {
+        int r = i / pieces, d = i % pieces * TB_WARP + lane, there = min(d, a.hd - 1);
+        float acc = 0, m = -INFINITY, l = 0;
+        for (int s = 0; s < n_splits; s += JOIN_AHEAD) {
+            float x[JOIN_AHEAD], tops[JOIN_AHEAD], sums[JOIN_AHEAD];
 #pragma unroll
-            for (int i = 0; i < MAX_HD / TB_WARP; i++)
-                if (i * TB_WARP + lane < a.hd)
-                    acc[i] = fmaf(acc[i], old, part[i * TB_WARP + lane] * add);
+            for (int j = 0; j < JOIN_AHEAD; j++) {
+                const float *part = partial_row(a, t.part + min(s + j, n_splits - 1) * rows + r, h);
+                x[j] = part[there];
+                tops[j] = part[a.hd];
+                sums[j] = part[a.hd + 1];
+            }
+#pragma unroll
+            for (int j = 0; j < JOIN_AHEAD; j++) {
+                bool is = s + j < n_splits;
+                float old, add;
+                join_factors(&m, is ? tops[j] : -INFINITY, &old, &add);
+                l = fmaf(l, old, is ? sums[j] * add : 0);
+                acc = fmaf(acc, old, is ? x[j] * add : 0);
+            }
         }
         size_t head = head_of(a, t, h, t.first + r);
-        float inv = inverse(l);
-#pragma unroll
-        for (int i = 0; i < MAX_HD / TB_WARP; i++)
-            if (i * TB_WARP + lane < a.hd)
-                store_out((act *)a.out + head * a.hd + i * TB_WARP + lane, acc[i] * inv);
-        if (lane == 0) store_lse(a, head, m, l);
+        if (d < a.hd) store_out((act *)a.out + head * a.hd + d, acc * inverse(l));
+        if (d == 0) store_lse(a, head, m, l);
     }
 }
 
@@ -510,7 +518,7 @@ template <class T> static void flush(struct tb_cuda *c, const struct call *a, st
         TB_LAUNCH(c, k_attention<T>, blocks, T::N_WARPS * TB_WARP, T::SHARED, *a, tasks,
                   l->n_tasks);
     if (joins)
-        TB_LAUNCH(c, k_join<typename T::act>, dim3(l->n_joins, a->nk), THREADS, 0, *a, joins,
+        TB_LAUNCH(c, k_join<typename T::act>, dim3(l->n_joins, a->nk), JOIN_THREADS, 0, *a, joins,
                   (int)T::ROWS);
     l->n_tasks = l->n_joins = l->n_parts = 0;
 }
