@@ -121,6 +121,7 @@ void tb_core_compute_stats(const struct tb_core *c, struct tb_compute_stats *out
     struct tb_engine_stats e = {0};
     tb_engine_stats(c->engine, &e);
     *out = (struct tb_compute_stats){.train_tokens = e.train_tokens,
+                                     .shares = e.shares,
                                      .sample_positions = e.sample_rows,
                                      .sampled_tokens = c->sampled_tokens,
                                      .steps = e.steps,

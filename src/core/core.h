@@ -247,6 +247,7 @@ struct tb_memory_use {
 };
 #define TB_N_MEMORY 6
 struct tb_compute_stats {
+    uint64_t shares; /* of training ops, computed for another device */
     uint64_t train_tokens;
     uint64_t sample_positions; /* of prompts and of what was sampled, without what a cache held */
     uint64_t sampled_tokens;   /* in results */

@@ -15,8 +15,9 @@
 struct tb_engine {
     uv_loop_t *loop;
     struct route route;
-    int n_open;        /* lanes */
-    char **tokenizers; /* [n_models], entries may be NULL */
+    int n_lanes, n_open; /* that there are, and that are not closed */
+    bool ending;         /* the lanes are */
+    char **tokenizers;   /* [n_models], entries may be NULL */
     int n_models;
     char describe[512];
     void (*closed_cb)(void *arg);
@@ -99,7 +100,8 @@ static int load_model(struct tb_model **out, const struct device *d, int n_besid
                                   .max_context = o->max_context,
                                   .kv_bytes = (size_t)o->kv_memory / (size_t)n_beside,
                                   .kv_shares = n_beside,
-                                  .pager = d->pager};
+                                  .pager = d->pager,
+                                  .shard_tokens = o->shard_tokens};
     uint64_t t0 = tb_clock_ms();
     int rc = tb_model_load(out, d->be, m->name, m->dir, &mo, err);
     char of_kv[64] = "";
@@ -163,10 +165,37 @@ static void task_done(void *arg, struct tb_task *t)
     t->cb(t);
 }
 
+/* Lanes may send to each other until none has anything to do. */
+static void lane_quiet(void *arg)
+{
+    struct tb_engine *e = arg;
+    if (e->ending) return;
+    for (int i = 0; i < e->n_lanes; i++)
+        if (!lane_is_quiet(e->route.lanes[i].lane)) return;
+    e->ending = true;
+    for (int i = 0, n = e->n_lanes; i < n; i++)
+        lane_end(e->route.lanes[i].lane, lane_closed, e);
+}
+
 static void close_lanes(struct tb_engine *e)
 {
-    for (int i = 0, n = e->n_open; i < n; i++)
-        lane_close(e->route.lanes[i].lane, lane_closed, e);
+    for (int i = 0; i < e->n_lanes; i++)
+        lane_close(e->route.lanes[i].lane, lane_quiet, e);
+}
+
+/* Each lane to the others with its models. */
+static void introduce_lanes(struct tb_engine *e)
+{
+    struct tb_lane **peers = tb_calloc((size_t)e->n_lanes, sizeof(struct tb_lane *));
+    for (int i = 0; i < e->n_lanes; i++) {
+        int n = 0;
+        for (int j = 1; j < e->n_lanes; j++) {
+            int k = (i + j) % e->n_lanes;
+            if (k % e->route.stride == i % e->route.stride) peers[n++] = e->route.lanes[k].lane;
+        }
+        lane_set_peers(e->route.lanes[i].lane, peers, n);
+    }
+    tb_free(peers);
 }
 
 int tb_engine_create(struct tb_engine **out, uv_loop_t *loop, const struct tb_engine_options *o,
@@ -196,11 +225,12 @@ int tb_engine_create(struct tb_engine **out, uv_loop_t *loop, const struct tb_en
                          e, err);
         if (rc) break;
         *d = (struct device){0};
-        e->n_open = i + 1;
+        e->n_lanes = e->n_open = i + 1;
     }
     for (int i = 0; i < n; i++)
         close_device(&devices[i], n_models);
     tb_free(devices);
+    if (!rc) introduce_lanes(e);
     if (!rc)
         *out = e;
     else if (e->n_open) /* the lanes that there are close in the loop's next turns */
@@ -290,8 +320,9 @@ void tb_engine_cancel(struct tb_engine *e, struct tb_task *task)
 static void add_stats(struct tb_lane *l, struct tb_engine_stats *out)
 {
     const struct lane_stats *s = &l->stats;
-    for (int i = 0; i <= TB_TASK_SAMPLE; i++)
+    for (int i = 0; i < TB_N_SUBMITTED; i++)
         out->tasks_done[i] += atomic_load_explicit(&s->tasks_done[i], memory_order_relaxed);
+    out->shares += atomic_load_explicit(&s->shares, memory_order_relaxed);
     out->train_tokens += atomic_load_explicit(&s->train_tokens, memory_order_relaxed);
     out->sample_rows += atomic_load_explicit(&s->sample_rows, memory_order_relaxed);
     out->steps += atomic_load_explicit(&s->steps, memory_order_relaxed);

@@ -46,6 +46,10 @@ enum tb_task_type {
     TB_TASK_LOSS_CREATE,  /* loss_id, op CREATE_CUSTOM_LOSS */
     TB_TASK_LOSS_FREE,    /* loss_id; training ops submitted before keep it alive */
     TB_TASK_SAMPLE,       /* version_id (0 = base model), op SAMPLE */
+    TB_N_SUBMITTED,       /* core/ submits those above; lanes send each other these (spread.h): */
+    TB_TASK_SHARE = TB_N_SUBMITTED,
+    TB_TASK_COLLECT,
+    TB_TASK_SHARE_END,
 };
 
 struct tb_task {
@@ -74,9 +78,13 @@ struct tb_task {
     uint64_t submitted_ns;
     bool begun; /* it does not wait any more */
     struct tb_training *training;
-    uint64_t n_tokens; /* of a training op */
-    int32_t n_begun;   /* its data that have been in a step */
-    bool reserved;     /* it has the memory of its gradient */
+    uint64_t n_tokens;         /* of a training op */
+    int32_t n_begun, n_end;    /* its data that have been in a step; those of this lane end here */
+    bool reserved;             /* it has the memory of its gradient */
+    struct tb_spread *spread;  /* of an op with shares, and of a share; else NULL */
+    const struct tb_task *of;  /* of a share: the op's */
+    int from_shard, end_shard; /* of a share, */
+    int32_t n_from;            /* and where its data begin */
 };
 
 struct tb_task *tb_task_create(enum tb_task_type type);
@@ -99,6 +107,7 @@ struct tb_engine_options {
     const char *paging_dir; /* where idle adapters go when memory is short; NULL: they stay */
     const int *devices;     /* GPUs to use (route.h says what goes where). None given: one */
     int n_devices;
+    int shard_tokens; /* tests: of an op in training; 0 = the backend's */
 };
 
 /* Loads the models (blocking: at start only) on `loop`'s thread. */
@@ -131,7 +140,8 @@ struct tb_memory_stats {
 };
 
 struct tb_engine_stats {
-    uint64_t tasks_done[TB_TASK_SAMPLE + 1];
+    uint64_t tasks_done[TB_N_SUBMITTED];
+    uint64_t shares;                           /* of training ops, computed for another device */
     uint64_t train_tokens, sample_rows, steps; /* sample_rows: prompt and decoding rows computed */
     struct tb_work_stats work[TB_N_WORKS];
     struct tb_kv_stats kv; /* of all models */

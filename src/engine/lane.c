@@ -35,6 +35,7 @@ static void lane_on_async(uv_async_t *a)
 {
     struct tb_lane *l = a->data;
     lane_flush(l);
+    if (!tb_mailbox_empty(&l->inbox)) lane_kick(l);
 }
 
 static void lane_work_cb(uv_work_t *w)
@@ -53,6 +54,7 @@ static void lane_on_closed(uv_handle_t *h)
     for (int i = 0; i < l->n_models; i++)
         tb_model_free(l->models[i]);
     tb_free(l->models);
+    tb_free(l->peers);
     tb_free(l->sampling_scratch);
     tb_free(l->parts);
     tb_pager_destroy(l->pager);
@@ -80,10 +82,7 @@ static void lane_after_work(uv_work_t *w, int status)
         lane_kick(l);
         return;
     }
-    if (atomic_load(&l->closing) && l->async_open) {
-        l->async_open = false;
-        uv_close((uv_handle_t *)&l->async, lane_on_closed);
-    }
+    if (lane_is_closing(l) && l->async_open) l->quiet_cb(l->quiet_arg);
 }
 
 static void lane_kick(struct tb_lane *l)
@@ -138,6 +137,7 @@ int lane_create(struct tb_lane **out, uv_loop_t *loop, struct tb_backend *be,
     tb_map_init(&l->versions);
     tb_map_init(&l->losses);
     tb_list_init(&l->ready);
+    tb_list_init(&l->waiting);
     tb_list_init(&l->samples);
     l->be = be;
     l->pager = pager;
@@ -185,10 +185,37 @@ void lane_post_progress(struct tb_lane *l, struct tb_task *t, struct tb_progress
     if (tb_mailbox_post(&l->told, &p->node)) uv_async_send(&l->async);
 }
 
-void lane_close(struct tb_lane *l, void (*cb)(void *arg), void *arg)
+void lane_set_peers(struct tb_lane *l, struct tb_lane *const *peers, int n)
+{
+    l->peers = tb_malloc((size_t)TB_MAX(n, 1) * sizeof(struct tb_lane *));
+    l->n_peers = n;
+    for (int i = 0; i < n; i++)
+        l->peers[i] = peers[i];
+}
+
+void lane_send(struct tb_lane *l, struct tb_task *t)
+{
+    if (tb_mailbox_post(&l->inbox, &t->node)) uv_async_send(&l->async);
+}
+
+void lane_close(struct tb_lane *l, void (*quiet)(void *arg), void *arg)
+{
+    l->quiet_cb = quiet;
+    l->quiet_arg = arg;
+    atomic_store(&l->closing, true);
+    lane_kick(l); /* when work is in flight, lane_after_work sees closing */
+}
+
+bool lane_is_quiet(struct tb_lane *l)
+{
+    return lane_is_closing(l) && !l->working && tb_mailbox_empty(&l->inbox) &&
+           tb_mailbox_empty(&l->outbox);
+}
+
+void lane_end(struct tb_lane *l, void (*cb)(void *arg), void *arg)
 {
     l->closed_cb = cb;
     l->closed_arg = arg;
-    atomic_store(&l->closing, true);
-    lane_kick(l); /* when work is in flight, lane_after_work sees closing */
+    l->async_open = false;
+    uv_close((uv_handle_t *)&l->async, lane_on_closed);
 }

@@ -21,7 +21,7 @@
 
 /* One adapter and the tasks that wait for their turn on it. */
 struct lane_adapter {
-    struct tb_list node; /* lane->ready while it has tasks, in round-robin order */
+    struct tb_list node; /* lane->ready while it has tasks, in round-robin order, or waiting */
     uint64_t id;
     int model;
     struct tb_adapter *adapter; /* NULL until created */
@@ -30,6 +30,7 @@ struct lane_adapter {
     uint64_t round;             /* of the last step that served it */
     struct tb_task *next;       /* while a step is planned: whose datum is next, or NULL */
     bool in_step;               /* it has data in the step */
+    bool waits;                 /* among lane->waiting */
 };
 
 struct lane_version {
@@ -50,8 +51,8 @@ struct lane_work_stats { /* as struct tb_work_stats */
 };
 
 struct lane_stats {
-    _Atomic uint64_t tasks_done[TB_TASK_SAMPLE + 1];
-    _Atomic uint64_t train_tokens, sample_rows, steps, busy_us;
+    _Atomic uint64_t tasks_done[TB_N_SUBMITTED];
+    _Atomic uint64_t train_tokens, sample_rows, steps, busy_us, shares;
     struct lane_work_stats work[TB_N_WORKS];
     _Atomic uint64_t kv_free, kv_cached, kv_preempted, lookup_tokens, hit_tokens;
 };
@@ -62,6 +63,8 @@ struct tb_lane {
     struct tb_pager *pager;   /* or NULL */
     struct tb_model **models; /* [n_models] of the engine; NULL: not here */
     int n_models;
+    struct tb_lane **peers; /* other lanes with the same models, the next first; not owned */
+    int n_peers;
 
     /* loop */
     uv_work_t work;
@@ -70,6 +73,8 @@ struct tb_lane {
     bool async_open;
     void (*done)(void *arg, struct tb_task *t); /* a task is the loop's again */
     void *done_arg;
+    void (*quiet_cb)(void *arg);
+    void *quiet_arg;
     void (*closed_cb)(void *arg);
     void *closed_arg;
 
@@ -77,8 +82,7 @@ struct tb_lane {
     struct tb_mailbox inbox, outbox;
     struct tb_mailbox told; /* struct tb_progress; a task's come before its place in outbox */
     _Atomic bool closing;
-    _Atomic bool
-        lost; /* the device is; set before the first task that fails of it is handed back */
+    _Atomic bool lost; /* the device is; set before the first task that fails of it is back */
     struct lane_stats stats;
     uv_mutex_t memory_lock;
     struct tb_memory_stats memory; /* after the last turn */
@@ -88,6 +92,7 @@ struct tb_lane {
     struct tb_map versions; /* id → lane_version */
     struct tb_map losses;   /* id → lane_loss */
     struct tb_list ready;   /* lane_adapter with tasks */
+    struct tb_list waiting; /* lane_adapter whose op waits for its shares */
     struct tb_list samples; /* struct tb_task in progress */
     size_t n_samples;
     struct tb_sampling **sampling_scratch; /* [sampling_cap] */
@@ -106,18 +111,30 @@ static inline enum tb_work lane_work_of(enum tb_task_type type)
                                     : TB_WORK_OTHER;
 }
 
-static inline bool lane_is_lost(const struct tb_lane *l)
-{
-    return atomic_load_explicit(&l->lost, memory_order_relaxed);
-}
-
 /* lane.c: the loop's side. Backend, pager and models are moved in. done is called with each task
  * that was submitted, and calls its callback. */
 int lane_create(struct tb_lane **out, uv_loop_t *loop, struct tb_backend *be,
                 struct tb_pager *pager, struct tb_model **models, int n_models,
                 void (*done)(void *arg, struct tb_task *t), void *arg, struct tb_error *err);
+/* The lanes that it may send shares to; before the first task. */
+void lane_set_peers(struct tb_lane *l, struct tb_lane *const *peers, int n);
 void lane_submit(struct tb_lane *l, struct tb_task *t);
-void lane_close(struct tb_lane *l, void (*cb)(void *arg), void *arg);
+/* Any thread: a task from another lane. */
+void lane_send(struct tb_lane *l, struct tb_task *t);
+/* Fails what waits. quiet is called, once or more, when nothing runs here and nothing has come; a
+ * lane that is not quiet yet may send to one that is. When all are, each is ended. */
+void lane_close(struct tb_lane *l, void (*quiet)(void *arg), void *arg);
+bool lane_is_quiet(struct tb_lane *l);
+void lane_end(struct tb_lane *l, void (*cb)(void *arg), void *arg);
+static inline bool lane_is_closing(const struct tb_lane *l)
+{
+    return atomic_load_explicit(&l->closing, memory_order_relaxed);
+}
+
+static inline bool lane_is_lost(const struct tb_lane *l)
+{
+    return atomic_load_explicit(&l->lost, memory_order_relaxed);
+}
 
 /* plan.c: the worker's side. Runs until nothing is left to do; on closing fails what waits. */
 void lane_run(struct tb_lane *l);

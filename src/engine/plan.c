@@ -15,11 +15,14 @@
  * when these are of adapters that had none since training stopped; so neither waits for more than
  * the step that runs and one of the other kind.
  *
+ * An op that is spread over several devices (spread.h) stays at the head of its queue until all of
+ * it is there; what another lane sends as its share is a training task like others here.
+ *
  * Thread: the worker's (see lane.h).
  */
 #include <string.h>
 
-#include "engine/lane.h"
+#include "engine/spread.h"
 #include "model/custom/graph.h"
 #include "util/clock.h"
 #include "util/log.h"
@@ -55,12 +58,18 @@ static void begin(struct tb_lane *l, struct tb_task *t)
         atomic_store_explicit(&w->wait_us_max, us, memory_order_relaxed);
 }
 
+/* Before the loop, or another lane, hears of what failed. */
+static void note_lost(struct tb_lane *l)
+{
+    if (l->be->lost) atomic_store_explicit(&l->lost, true, memory_order_relaxed);
+}
+
 static void finish(struct tb_lane *l, struct tb_task *t)
 {
     struct lane_work_stats *w = &l->stats.work[lane_work_of(t->type)];
     loss_unref(t->loss);
     t->loss = NULL;
-    if (l->be->lost) atomic_store_explicit(&l->lost, true, memory_order_relaxed);
+    note_lost(l);
     add(t->begun ? &w->running : &w->waiting, -(uint64_t)1);
     lane_post_done(l, t);
 }
@@ -189,7 +198,10 @@ static void make_ready(struct tb_lane *l, struct lane_adapter *a)
 
 static void take_adapter_task(struct tb_lane *l, struct tb_task *t)
 {
-    if (t->type == TB_TASK_TRAIN) t->n_tokens = op_tokens(t->op);
+    if (t->type == TB_TASK_TRAIN) {
+        t->n_tokens = op_tokens(t->op);
+        t->n_end = t->op->u.forward_backward.n_data;
+    }
     if (t->loss_id) { /* held until the task is done: its session may end before */
         t->loss = tb_map_get(&l->losses, KEY(t->loss_id));
         if (t->loss) t->loss->refs++;
@@ -207,11 +219,22 @@ static void take_adapter_task(struct tb_lane *l, struct tb_task *t)
     tb_list_push(&a->tasks, &t->node);
 }
 
-static void take_inbox(struct tb_lane *l)
+/* Its adapter may have something to do again. */
+static void take_back(struct tb_lane *l, struct tb_task *share)
+{
+    struct lane_adapter *a = spread_take_back(share);
+    if (!a->waits) return;
+    a->waits = false;
+    tb_list_del(&a->node);
+    make_ready(l, a);
+}
+
+/* Whether there was something. */
+static bool take_inbox(struct tb_lane *l)
 {
     struct tb_list in;
     tb_list_init(&in);
-    if (!tb_mailbox_drain(&l->inbox, &in)) return;
+    if (!tb_mailbox_drain(&l->inbox, &in)) return false;
     struct tb_list *n;
     while ((n = tb_list_pop(&in))) {
         struct tb_task *t = TB_LIST_ENTRY(n, struct tb_task, node);
@@ -225,9 +248,12 @@ static void take_inbox(struct tb_lane *l)
         case TB_TASK_VERSION_FREE: take_version(l, t); break;
         case TB_TASK_LOSS_CREATE:
         case TB_TASK_LOSS_FREE: take_loss(l, t); break;
+        case TB_TASK_COLLECT: take_back(l, t); break;
+        case TB_TASK_SHARE_END: share_free(t); break;
         default: take_adapter_task(l, t); break;
         }
     }
+    return true;
 }
 
 /* ---- cheap tasks */
@@ -272,7 +298,7 @@ static void run_small(struct tb_lane *l, struct lane_adapter *a, struct tb_task 
 
 static bool is_train(const struct tb_task *t)
 {
-    return t->type == TB_TASK_TRAIN;
+    return t->type == TB_TASK_TRAIN || t->type == TB_TASK_SHARE;
 }
 
 static struct tb_task *head(const struct lane_adapter *a)
@@ -343,8 +369,33 @@ static struct tb_task *train_task(const struct lane_adapter *a, struct tb_list *
 
 static uint64_t next_tokens(const struct tb_task *t)
 {
-    const struct tb_forward_backward *fb = &t->op->u.forward_backward;
-    return t->n_begun < fb->n_data ? (uint64_t)fb->data[t->n_begun].n_tokens : 1;
+    const struct tb_task *of = t->of ? t->of : t;
+    return t->n_begun < t->n_end ? (uint64_t)of->op->u.forward_backward.data[t->n_begun].n_tokens
+                                 : 1;
+}
+
+static int train_error(const struct tb_task *t)
+{
+    if (t->training) return tb_training_error(t->training)->code;
+    return t->op ? t->op->error.code : t->error.code;
+}
+
+/* It is over without a result, or with one. */
+static void end_training(struct tb_lane *l, struct tb_task *t)
+{
+    l->n_training -= t->reserved;
+    t->reserved = false;
+    tb_list_del(&t->node);
+    if (t->type == TB_TASK_SHARE) {
+        if (!train_error(t)) add(&l->stats.shares, 1);
+        note_lost(l);
+        share_send_back(t);
+        return;
+    }
+    spread_end(t);
+    tb_training_destroy(t->training);
+    t->training = NULL;
+    finish(l, t);
 }
 
 static bool is_small(const struct tb_task *t)
@@ -375,21 +426,32 @@ static struct lane_adapter *pick(struct tb_lane *l, const struct train_step *st)
     return best;
 }
 
+static void create_training(struct tb_lane *l, struct lane_adapter *a, struct tb_task *t)
+{
+    if (t->type == TB_TASK_SHARE) {
+        t->begun = true;
+        if (!is_lost(l, &t->error)) share_begin(l, t);
+        return;
+    }
+    struct tb_error *err = &t->op->error;
+    begin(l, t);
+    if (is_lost(l, err)) return;
+    if (!a->adapter) {
+        tb_error_set(err, TB_ENOTFOUND, "the model's adapter does not exist");
+        return;
+    }
+    if (!tb_training_create(&t->training, a->adapter, t->op, t->loss ? t->loss->graph : NULL))
+        spread_begin(l, a, t);
+}
+
 /* false: its turn is over, as it failed, or waits for memory that others in training hold. */
 static bool begin_training(struct tb_lane *l, struct lane_adapter *a, struct tb_task *t)
 {
-    struct tb_error *err = &t->op->error, e = {0};
-    if (!t->begun) {
-        begin(l, t);
-        if (is_lost(l, err)) return false;
-        if (!a->adapter)
-            tb_error_set(err, TB_ENOTFOUND, "the model's adapter does not exist");
-        else
-            tb_training_create(&t->training, a->adapter, t->op, t->loss ? t->loss->graph : NULL);
-    }
-    if (err->code) return false;
+    struct tb_error e = {0};
+    if (!t->begun) create_training(l, a, t);
+    if (train_error(t)) return false;
     if (!t->reserved && tb_training_reserve(t->training, &e)) {
-        if (l->n_training == 0) *err = e;
+        if (l->n_training == 0) tb_training_fail(t->training, &e);
         return false;
     }
     l->n_training += !t->reserved;
@@ -412,7 +474,7 @@ static void add_datum(struct train_step *st, struct lane_adapter *a)
     st->n_tokens += tokens;
     a->served += tokens;
     a->in_step = true;
-    if (++t->n_begun == t->op->u.forward_backward.n_data) a->next = train_task(a, t->node.next);
+    if (++t->n_begun == t->n_end) a->next = t->spread ? NULL : train_task(a, t->node.next);
 }
 
 static void plan_step(struct tb_lane *l, struct train_step *st)
@@ -421,14 +483,28 @@ static void plan_step(struct tb_lane *l, struct train_step *st)
     TB_LIST_FOREACH (it, &l->ready) {
         a = TB_LIST_ENTRY(it, struct lane_adapter, node);
         a->next = train_task(a, a->tasks.next);
+        if (a->next && a->next->begun && a->next->n_begun == a->next->n_end) a->next = NULL;
     }
     while (st->n < l->be->sizes.train_rows && (a = pick(l, st))) {
         struct tb_task *t = a->next;
         if (begin_training(l, a, t))
             add_datum(st, a);
         else
-            a->next = t->op->error.code ? train_task(a, t->node.next) : NULL;
+            a->next = train_error(t) && !t->spread ? train_task(a, t->node.next) : NULL;
     }
+}
+
+/* Hands back the adapter's training tasks that are done. False: it waits for shares. */
+static bool end_tasks(struct tb_lane *l, struct lane_adapter *a)
+{
+    struct tb_task *t;
+    while ((t = train_task(a, a->tasks.next)) && t->begun) {
+        bool share = t->type == TB_TASK_SHARE;
+        if (t->spread && !share && !spread_go_on(l, t)) return false;
+        if (!train_error(t) && !tb_training_done(t->training)) break;
+        end_training(l, t);
+    }
+    return true;
 }
 
 /* Hands back what is done, and puts those that were served behind the others. */
@@ -438,20 +514,13 @@ static void end_step(struct tb_lane *l)
     tb_list_init(&served);
     TB_LIST_FOREACH_SAFE (it, next, &l->ready) {
         struct lane_adapter *a = TB_LIST_ENTRY(it, struct lane_adapter, node);
-        struct tb_task *t;
-        while ((t = train_task(a, a->tasks.next)) && t->begun) {
-            if (!t->op->error.code && !tb_training_done(t->training)) break;
-            l->n_training -= t->reserved;
-            tb_training_destroy(t->training);
-            t->training = NULL;
-            tb_list_del(&t->node);
-            finish(l, t);
-        }
-        if (!a->in_step) continue;
+        bool waits = !end_tasks(l, a);
+        if (!a->in_step && !waits) continue;
+        if (a->in_step) a->round = l->round;
         a->in_step = false;
-        a->round = l->round;
         tb_list_del(&a->node);
-        tb_list_push(&served, &a->node);
+        tb_list_push(waits ? &l->waiting : &served, &a->node);
+        a->waits = waits;
     }
     tb_list_move(&l->ready, &served);
     prune_ready(l);
@@ -569,6 +638,24 @@ static bool sample_turn(struct tb_lane *l)
 
 /* ---- the worker */
 
+/* False: it cannot end before its shares are back. */
+static bool cancel_task(struct tb_lane *l, struct tb_task *t)
+{
+    if (t->type != TB_TASK_SHARE && t->spread && !spread_go_on(l, t)) return false;
+    tb_error_set(tb_task_error(t), TB_ECANCELED, "the server is shutting down");
+    if (is_train(t)) {
+        if (t->type == TB_TASK_SHARE) {
+            tb_training_destroy(t->training);
+            t->training = NULL;
+        }
+        end_training(l, t);
+    } else {
+        tb_list_del(&t->node);
+        finish(l, t);
+    }
+    return true;
+}
+
 static void fail_all(struct tb_lane *l)
 {
     TB_LIST_FOREACH_SAFE (it, next, &l->samples) {
@@ -576,15 +663,15 @@ static void fail_all(struct tb_lane *l)
         tb_error_set(&t->op->error, TB_ECANCELED, "the server is shutting down");
         end_sample(l, t);
     }
+    tb_list_move(&l->ready, &l->waiting);
     TB_LIST_FOREACH_SAFE (it, next, &l->ready) {
         struct lane_adapter *a = TB_LIST_ENTRY(it, struct lane_adapter, node);
         struct tb_task *t;
-        while ((t = head(a))) {
-            tb_list_del(&t->node);
-            tb_training_destroy(t->training);
-            fail(l, t, TB_ECANCELED, "the server is shutting down");
-        }
+        while ((t = head(a)) && cancel_task(l, t))
+            ;
         tb_list_del(&a->node);
+        if (t) tb_list_push(&l->waiting, &a->node);
+        a->waits = t != NULL;
     }
 }
 
@@ -592,12 +679,13 @@ void lane_run(struct tb_lane *l)
 {
     tb_backend_use(l->be, TB_QUEUE_TRAIN);
     for (;;) {
-        take_inbox(l);
-        if (atomic_load_explicit(&l->closing, memory_order_relaxed)) {
+        bool did = take_inbox(l);
+        if (lane_is_closing(l)) {
             fail_all(l);
             return;
         }
-        bool did = small_turn(l), sampling = l->n_samples > 0;
+        did |= small_turn(l);
+        bool sampling = l->n_samples > 0;
         bool trained = train_turn(l, sampling && l->sample_ns < l->train_ns);
         if (trained) take_inbox(l);
         bool go_on = trained && l->train_ns < l->sample_ns && !l->new_samples;
@@ -607,8 +695,9 @@ void lane_run(struct tb_lane *l)
         if (!sampling) l->train_ns = TB_MIN(l->train_ns, l->sample_ns);
         lane_note_pages(l);
         lane_note_memory(l);
-        if (!did && !trained && !sampled && tb_list_empty(&l->ready) && tb_mailbox_empty(&l->inbox))
-            return;
+        /* What is ready and cannot go on waits for the memory of those that wait for shares. */
+        bool idle = tb_list_empty(&l->ready) || !tb_list_empty(&l->waiting);
+        if (!did && !trained && !sampled && idle && tb_mailbox_empty(&l->inbox)) return;
     }
 }
 

@@ -172,6 +172,7 @@ bool tb_training_waits(const struct tb_training *t);
 void tb_training_share(struct tb_training **out, const struct tb_training *of,
                        struct tb_adapter_version *ver, int from, int to);
 const struct tb_error *tb_training_error(const struct tb_training *t);
+void tb_training_fail(struct tb_training *t, const struct tb_error *why); /* and it is done */
 /* Adds a share that is done, the next in order, while nobody else uses it; then it may be destroyed
  * on its own thread. When it failed for its device's sake (memory, a lost device, a lane that
  * closes), returns that code and changes nothing: tb_training_compute_to its end does its shards

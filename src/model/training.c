@@ -346,6 +346,12 @@ const struct tb_error *tb_training_error(const struct tb_training *t)
     return t->error;
 }
 
+void tb_training_fail(struct tb_training *t, const struct tb_error *why)
+{
+    tb_train_fail(t, why->code, "%s", why->msg);
+    tb_training_finish(t);
+}
+
 /* sum += a gradient of another device. */
 static int add_gradient(struct tb_training *t, const struct tb_training *share, const float *g,
                         struct tb_error *err)

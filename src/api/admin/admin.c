@@ -83,6 +83,8 @@ static void put_compute(struct tb_buf *b, const struct tb_core *core)
     struct tb_compute_stats s = {0};
     tb_core_compute_stats(core, &s);
     put_queues(b, s.queues);
+    put_counter(b, "train_shares_total", "Parts of training ops computed for another device.",
+                s.shares);
     put_counter(b, "train_tokens_total", "Tokens of training passes.", s.train_tokens);
     put_counter(b, "sample_positions_total", "Positions computed for samples, prompts included.",
                 s.sample_positions);

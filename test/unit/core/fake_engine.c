@@ -293,6 +293,7 @@ static void execute(struct tb_engine *e, struct tb_task *t)
         t->op->result.prompt_cache_hit_tokens =
             t->version_id ? (int32_t)find_version(e, t->version_id)->param : -1;
         break;
+    default: fail_msg("task type %d is for lanes only", (int)t->type);
     }
 }
 

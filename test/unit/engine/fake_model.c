@@ -2,6 +2,7 @@
 #include "fake_model.h"
 
 #include <stdatomic.h>
+#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 #include <uv.h>
@@ -297,6 +298,65 @@ int tb_training_create(struct tb_training **out, struct tb_adapter *a, struct tb
     (*out)->op = op;
     fake_live_trainings++;
     return 0;
+}
+
+const struct tb_error *tb_training_error(const struct tb_training *t)
+{
+    return &t->op->error;
+}
+
+void tb_training_fail(struct tb_training *t, const struct tb_error *why)
+{
+    t->op->error = *why;
+}
+
+/* One shard: nothing is ever spread. */
+int tb_training_n_shards(const struct tb_training *t)
+{
+    return 1;
+}
+
+int tb_training_shard_end(const struct tb_training *t, int shard)
+{
+    abort();
+}
+
+void tb_training_compute_to(struct tb_training *t, int shard)
+{
+    abort();
+}
+
+bool tb_training_waits(const struct tb_training *t)
+{
+    abort();
+}
+
+void tb_training_share(struct tb_training **out, const struct tb_training *of,
+                       struct tb_adapter_version *ver, int from, int to)
+{
+    abort();
+}
+
+int tb_training_collect(struct tb_training *t, const struct tb_training *share,
+                        struct tb_error *err)
+{
+    abort();
+}
+
+int tb_version_lend(struct tb_adapter_version *v, struct tb_loan *out, struct tb_error *err)
+{
+    abort();
+}
+
+int tb_version_borrow(struct tb_adapter_version **out, struct tb_model *m,
+                      const struct tb_loan *loan, struct tb_error *err)
+{
+    abort();
+}
+
+void tb_loan_return(struct tb_loan *loan)
+{
+    abort();
 }
 
 int tb_training_reserve(struct tb_training *t, struct tb_error *err)
