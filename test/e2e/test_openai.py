@@ -6,6 +6,7 @@ import json
 import os
 import random
 import threading
+import time
 
 import pytest
 from llm_common import (QUESTION, RENDERED, RUNNING, SAMPLED, SCHEMAS, SHOP, STEPS, Stream, Training, gauge, parallel, post, until,
@@ -219,6 +220,28 @@ def test_echo_scores_a_prompt(client, raw_demo, demo):
     assert choice.logprobs.text_offset == [prompt.index(t, at) for t, at in zip(choice.logprobs.tokens, choice.logprobs.text_offset)]
     more = client.completions.create(model="demo", prompt=prompt, max_tokens=4, echo=True, logprobs=0, temperature=0, extra_body=LONG)
     assert more.choices[0].text.startswith(prompt) and len(more.choices[0].logprobs.tokens) == len(ids) + 4
+
+
+def test_large_answers_say_what_small_ones_do(client, demo):
+    """Written in the pool: the same text and numbers, and a client that leaves meanwhile disturbs nobody."""
+    prompt = "What is the capital of France? " * 20
+    small = client.completions.create(model="demo", prompt=prompt, max_tokens=0, echo=True, logprobs=2).choices[0]
+    n, asked = len(small.logprobs.tokens), dict(model="demo", prompt=prompt, n=16, seed=3, max_tokens=20, extra_body=LONG)
+    streamed = [""] * 16
+    for chunk in client.completions.create(stream=True, **asked):
+        for c in chunk.choices:
+            streamed[c.index] += c.text
+    large = client.completions.create(echo=True, logprobs=2, **asked)
+    assert [c.text for c in large.choices] == [prompt + s for s in streamed]
+    for c in large.choices:
+        assert c.logprobs.tokens[:n] == small.logprobs.tokens and len(c.logprobs.tokens) == n + 20
+        assert c.logprobs.token_logprobs[:n] == small.logprobs.token_logprobs
+        assert c.logprobs.text_offset[:n] == small.logprobs.text_offset
+    for i in range(10):
+        with Stream(demo.url, TEXT, {"model": "demo", "prompt": prompt, "n": 64, "echo": True, "logprobs": 2, "max_tokens": 1}):
+            time.sleep(i / 200)
+    assert client.completions.create(model="demo", prompt=prompt, max_tokens=0, echo=True).choices[0].text == prompt
+    until_idle(demo.url)
 
 
 def test_penalties_and_bias(client, demo):

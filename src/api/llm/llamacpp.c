@@ -279,7 +279,6 @@ static void answer(struct tb_llm *l)
         tb_jout_object_end(&j);
     }
     if (l->n_prompts > 1) tb_jout_array_end(&j);
-    tb_llm_answer_json(l);
 }
 
 static const struct tb_llm_face FACE = {.stream_type = "text/event-stream",
@@ -390,10 +389,8 @@ static int do_text_job(struct tb_llm *l, struct tb_error *err)
     return rc;
 }
 
-static const struct tb_llm_face TEXT_FACE = {.decode = decode_text_job,
-                                             .prepare = do_text_job,
-                                             .refuse = refuse,
-                                             .answer = tb_llm_answer_json};
+static const struct tb_llm_face TEXT_FACE = {
+    .decode = decode_text_job, .prepare = do_text_job, .refuse = refuse};
 
 static void tokenize(struct tb_api *a, struct tb_http_request *req, const struct tb_route_match *m)
 {

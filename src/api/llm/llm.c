@@ -12,6 +12,7 @@
 #define MAX_ANSWER ((size_t)1 << 30)
 #define SLOW_READER                                                                                \
     ((size_t)64 << 10) /* bytes of a stream not read yet: text waits, events merge */
+#define LARGE_ANSWER ((size_t)64 << 10) /* about; is written in the pool */
 
 static void next_phase(struct tb_llm *l, void (*phase)(struct tb_llm *l), uv_after_work_cb then);
 
@@ -81,21 +82,51 @@ void tb_llm_send(struct tb_llm *l)
     tb_buf_reset(&l->out);
 }
 
-void tb_llm_answer_json(struct tb_llm *l)
+static void finish(struct tb_llm *l)
 {
-    struct tb_http_request *req = l->req;
-    l->req = NULL;
-    tb_api_answer(req, 200, &l->out);
-    tb_buf_init(&l->out, MAX_ANSWER);
+    if (l->stream) {
+        tb_http_stream_end(l->req);
+    } else {
+        tb_api_answer(l->req, 200, &l->out);
+        tb_buf_init(&l->out, MAX_ANSWER);
+    }
+    destroy(l);
+}
+
+static void on_written(uv_work_t *w, int status)
+{
+    struct tb_llm *l = TB_CONTAINER_OF(w, struct tb_llm, work);
+    if (status) {
+        tb_error_set(&l->err, TB_ECANCELED, "the server is stopping");
+        refuse(l);
+    } else {
+        finish(l);
+    }
+}
+
+/* Whether its text, and what its tokens are told with, make a large answer. */
+static bool is_large(const struct tb_llm *l)
+{
+    enum { ID = 8, LOGPROB = 64 };
+    size_t token = l->logprobs ? LOGPROB * (1 + (size_t)l->top_logprobs) : ID, n = 0;
+    for (int i = 0; i < l->n_choices; i++) {
+        const struct tb_llm_choice *c = &l->choices[i];
+        n += c->whole.n + (size_t)c->n * token;
+        if (l->echo) n += (size_t)l->prompts[c->prompt].n_tokens * token;
+    }
+    return n > LARGE_ANSWER;
 }
 
 static void end(struct tb_llm *l)
 {
     l->ended_ns = tb_clock_ns();
     l->req->on_abort = NULL;
-    l->face->answer(l);
-    if (l->req) tb_http_stream_end(l->req);
-    destroy(l);
+    if (!l->stream && is_large(l)) {
+        next_phase(l, l->face->answer, on_written);
+        return;
+    }
+    if (l->face->answer) l->face->answer(l);
+    finish(l);
 }
 
 static void fail(struct tb_llm *l, const struct tb_error *e)

@@ -3,7 +3,8 @@
  * become tokens, tokens become text again, as a whole or as a stream. A face decodes its JSON into
  * a tb_llm and writes its answers; all between is here.
  *
- *   llm.c      a request's way: pool (JSON), loop (model), pool (tokens, grammar), loop (core)
+ *   llm.c      a request's way: pool (JSON), loop (model), pool (tokens, grammar), loop (core), and
+ *              the pool once more for a large answer
  *   models.c   served models by name, their renderers, vocabularies and grammars
  *   text.c     tokens to text: stop strings, UTF-8, special tokens
  *   logprobs.c tokens with their log-probabilities
@@ -79,7 +80,8 @@ struct tb_llm_choice {
 };
 
 /* One way to speak. Functions run on the loop's thread, but decode and prepare, which run in
- * the pool. One that samples nothing has no stream: no stream_type, broken and more. */
+ * the pool, and answer, which does when the answer is large. One that samples nothing has no
+ * stream: no stream_type, broken and more. */
 struct tb_llm_face {
     const char *stream_type; /* content type */
     int (*decode)(struct tb_llm *l, const struct tb_json *root, struct tb_error *err);
@@ -91,7 +93,8 @@ struct tb_llm_face {
     void (*broken)(struct tb_llm *l, const struct tb_error *err);
     /* A stream: c has more, or is over. */
     void (*more)(struct tb_llm *l, struct tb_llm_choice *c);
-    /* All choices are over: the answer, or the end of the stream (llm.c ends it). */
+    /* All choices are over: writes the answer to l->out, or sends what a stream ends with (llm.c
+     * ends it). NULL: prepare has written it. */
     void (*answer)(struct tb_llm *l);
 };
 
@@ -147,8 +150,6 @@ void tb_llm_begin(struct tb_api *a, struct tb_http_request *req, const struct tb
                   int kind);
 /* Sends l->out as one chunk of the stream and empties it. */
 void tb_llm_send(struct tb_llm *l);
-/* Answers with l->out. */
-void tb_llm_answer_json(struct tb_llm *l);
 
 /* ---- models.c */
 struct tb_llm_models;

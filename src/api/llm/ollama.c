@@ -270,8 +270,6 @@ static void answer(struct tb_llm *l)
     if (l->stream) {
         tb_buf_puts(&l->out, "\n");
         tb_llm_send(l);
-    } else {
-        tb_llm_answer_json(l);
     }
 }
 

@@ -478,7 +478,6 @@ static void answer(struct tb_llm *l)
     tb_jout_array_end(&j);
     put_usage(&j, l);
     tb_jout_object_end(&j);
-    tb_llm_answer_json(l);
 }
 
 static const struct tb_llm_face FACE = {.stream_type = "text/event-stream",
