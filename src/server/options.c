@@ -336,7 +336,8 @@ static const struct option_row {
      "else f32)"},
     {"--devices", "N[,N...]", set_devices,
      "GPUs to use, by CUDA's numbers; models go to them in turn. With more GPUs than models a\n"
-     "model is on several, which share its adapters and samples (default: the first)"},
+     "model is on several, which share its adapters, samples and large training ops (default: the\n"
+     "first)"},
     {"--threads", "N", set_threads, "computing threads (default: all cores)"},
     {"--memory", "BYTES", set_memory,
      "memory to stay within, on each GPU where there are, as 12G; idle adapters go to files when\n"
