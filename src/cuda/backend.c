@@ -20,6 +20,8 @@
 void tb_cuda_fail(struct tb_cuda *c, const char *what, const char *why)
 {
     if (c->capturing) {
+        if (!c->capture_failed)
+            snprintf(c->not_captured, sizeof(c->not_captured), "%s: %s", what, why);
         c->capture_failed = true;
         return;
     }

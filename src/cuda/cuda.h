@@ -50,7 +50,8 @@ struct tb_cuda {
     /* A step is being captured: nothing runs, and a call that fails only ends the capture. When it
      * is only compared with the last one, calls do no more than change the print. */
     bool capturing, comparing, capture_failed;
-    uint64_t print; /* of what the step has asked for */
+    char not_captured[128]; /* why it failed */
+    uint64_t print;         /* of what the step has asked for */
 };
 
 #define TB_CUDA_SCRATCH ((size_t)32 << 20)
@@ -68,10 +69,10 @@ int tb_backend_cuda_create(struct tb_backend **out, const struct tb_backend_opti
 /* Notes a failed call; the first one stays. False when e is an error or the device is lost. */
 bool tb_cuda_ok(struct tb_cuda *c, cudaError_t e, const char *what);
 
-/* A device copy of a host array (positions, spans, ...), for the kernels queued next; the host's
- * may be changed at once. Valid for the kernels that this call of the table queues, which may stage
- * 2 * TB_CUDA_STAGE bytes, no array more than TB_CUDA_STAGE; NULL when the device is lost (then
- * nothing may be launched). */
+/* A device copy of a host array (positions, spans, ...), for the kernels queued next, which only
+ * read it: arrays with the same bytes share one. The host's may be changed at once. Valid for the
+ * kernels that this call of the table queues, which may stage 2 * TB_CUDA_STAGE bytes, no array
+ * more than TB_CUDA_STAGE; NULL when the device is lost (then nothing may be launched). */
 const void *tb_cuda_stage(struct tb_cuda *c, const void *host, size_t bytes);
 #define TB_CUDA_STAGE ((size_t)8 << 20)
 

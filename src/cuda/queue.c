@@ -20,6 +20,7 @@
  *
  * Owner: struct tb_cuda. Thread: the backend's; the current device is the thread's.
  */
+#include <stdio.h>
 #include <string.h>
 
 #include "cuda/host.h"
@@ -39,7 +40,8 @@ struct tb_cuda_queues {
     cudaEvent_t end; /* of what was asked for before a switch */
     enum tb_queue now;
     struct graph_class classes[N_CLASSES];
-    int n_failures;
+    int n_failures; /* in a row */
+    bool told;      /* why one failed */
 };
 
 int tb_cuda_queues_create(struct tb_cuda *c, struct tb_error *err)
@@ -111,9 +113,10 @@ static cudaGraph_t capture(struct tb_cuda *c, void (*fn)(void *arg), void *arg)
     if (!tb_cuda_ring_capture(c)) return NULL;
     c->capturing = true;
     c->print = 0;
-    if (tb_cuda_ok(c, cudaStreamBeginCapture(c->stream, cudaStreamCaptureModeRelaxed), "")) {
+    if (tb_cuda_ok(c, cudaStreamBeginCapture(c->stream, cudaStreamCaptureModeRelaxed),
+                   "a capture")) {
         fn(arg);
-        tb_cuda_ok(c, cudaStreamEndCapture(c->stream, &graph), "");
+        tb_cuda_ok(c, cudaStreamEndCapture(c->stream, &graph), "a capture");
     }
     bool failed = c->capture_failed;
     c->capturing = c->capture_failed = false;
@@ -124,7 +127,7 @@ static cudaGraph_t capture(struct tb_cuda *c, void (*fn)(void *arg), void *arg)
 }
 
 /* Makes the class's executable run the graph, that of c->print. */
-static bool update(const struct tb_cuda *c, struct graph_class *k, cudaGraph_t graph)
+static bool update(struct tb_cuda *c, struct graph_class *k, cudaGraph_t graph)
 {
     cudaGraphExecUpdateResultInfo info;
     k->print = c->print;
@@ -132,7 +135,9 @@ static bool update(const struct tb_cuda *c, struct graph_class *k, cudaGraph_t g
     if (k->exec) (void)cudaGraphExecDestroy(k->exec);
     k->exec = NULL;
     (void)cudaGetLastError(); /* the update's: a graph of another form */
-    if (cudaGraphInstantiate(&k->exec, graph, 0) == cudaSuccess) return true;
+    cudaError_t e = cudaGraphInstantiate(&k->exec, graph, 0);
+    if (!e) return true;
+    snprintf(c->not_captured, sizeof(c->not_captured), "a graph: %s", cudaGetErrorString(e));
     k->exec = NULL;
     (void)cudaGetLastError();
     return false;
@@ -166,8 +171,13 @@ static void step(struct tb_backend *be, int rows, void (*fn)(void *arg), void *a
             q->n_failures = 0;
             return;
         }
+        if (!q->told && !c->lost.code)
+            tb_log(TB_LOG_INFO, "cuda", "device %d: a decode step of %d rows has no graph: %s",
+                   c->device, rows, c->not_captured);
+        q->told = true;
         if (++q->n_failures == MAX_FAILURES)
-            tb_log(TB_LOG_WARN, "cuda", "device %d: decode steps run without graphs", c->device);
+            tb_log(TB_LOG_WARN, "cuda", "device %d: decode steps run without graphs: %s", c->device,
+                   c->not_captured);
     }
     if (i < N_CLASSES) q->classes[i].warm = true;
     fn(arg);

@@ -7,6 +7,9 @@
  * of it are done; its device memory needs no event, as the queue runs the next copy into it after
  * the kernels that read the last.
  *
+ * What was staged not long ago is not staged again: all layers of a step have the same positions,
+ * pages and tasks. The bytes are compared, so that the caller need not know.
+ *
  * While a step is captured nothing runs, so nothing in the ring would ever be done. What is staged
  * then gathers in memory of its own, at most TB_CUDA_STEP bytes, and goes over in one copy before
  * the graph is launched.
@@ -23,14 +26,23 @@
 #define FETCH_PIECE  ((size_t)1 << 20)
 #define TB_CUDA_STEP ((size_t)16 << 20)
 
+#define N_KNOWN 64
+
+struct known { /* what was staged last into some memory: offsets and sizes */
+    size_t at[N_KNOWN], bytes[N_KNOWN];
+    unsigned n;
+};
+
 struct tb_cuda_ring {
     char *pinned; /* the segments, what a captured step stages, two pieces of fetches */
     char *device; /* the segments, what a captured step stages */
     int segment;  /* written now, so many bytes of it: */
     size_t used;
+    struct known known;           /* in this segment: it outlives the call that finds it */
     cudaEvent_t left[N_SEGMENTS]; /* the copies out of it are done */
     char *step, *step_device;
     size_t step_used;
+    struct known step_known;
     cudaEvent_t step_read;
     char *fetch[2];
     cudaEvent_t fetched[2];
@@ -88,7 +100,7 @@ static size_t take(struct tb_cuda *c, size_t bytes)
         if (!tb_cuda_ok(c, cudaEventRecord(r->left[r->segment], c->stream), "staging"))
             return SIZE_MAX;
         r->segment = (r->segment + 1) % N_SEGMENTS;
-        r->used = 0;
+        r->used = r->known.n = 0;
         if (!tb_cuda_ok(c, cudaEventSynchronize(r->left[r->segment]), "staging")) return SIZE_MAX;
     }
     size_t at = (size_t)r->segment * SEGMENT + r->used;
@@ -96,16 +108,35 @@ static size_t take(struct tb_cuda *c, size_t bytes)
     return at;
 }
 
+/* Where memory has these bytes, or SIZE_MAX. */
+static size_t find(const struct known *k, const char *memory, const void *host, size_t bytes)
+{
+    for (unsigned i = 0; i < k->n && i < N_KNOWN; i++)
+        if (k->bytes[i] == bytes && !memcmp(memory + k->at[i], host, bytes)) return k->at[i];
+    return SIZE_MAX;
+}
+
+static void remember(struct known *k, size_t at, size_t bytes)
+{
+    unsigned i = k->n++ % N_KNOWN;
+    k->at[i] = at;
+    k->bytes[i] = bytes;
+}
+
 static const void *stage_captured(struct tb_cuda *c, const void *host, size_t bytes)
 {
     struct tb_cuda_ring *r = c->ring;
-    size_t at = r->step_used, room = tb_cuda_round_up(tb_cuda_steady(bytes));
+    size_t at = find(&r->step_known, r->step, host, bytes);
+    if (at != SIZE_MAX) return r->step_device + at;
+    size_t room = tb_cuda_round_up(tb_cuda_steady(bytes));
+    at = r->step_used;
     if (room > TB_CUDA_STEP - at) {
         tb_cuda_fail(c, "a decode step", "its arrays are too large");
         return NULL;
     }
     memcpy(r->step + at, host, bytes);
     r->step_used = at + room;
+    remember(&r->step_known, at, bytes);
     return r->step_device + at;
 }
 
@@ -114,12 +145,16 @@ const void *tb_cuda_stage(struct tb_cuda *c, const void *host, size_t bytes)
     struct tb_cuda_ring *r = c->ring;
     if (c->capturing) return stage_captured(c, host, bytes);
     if (!tb_cuda_ok(c, cudaSuccess, "staging")) return NULL;
-    size_t at = take(c, bytes);
+    size_t at = find(&r->known, r->pinned, host, bytes);
+    if (at != SIZE_MAX) return r->device + at;
+    at = take(c, bytes);
     if (at == SIZE_MAX) return NULL;
     memcpy(r->pinned + at, host, bytes);
     cudaError_t e =
         cudaMemcpyAsync(r->device + at, r->pinned + at, bytes, cudaMemcpyHostToDevice, c->stream);
-    return tb_cuda_ok(c, e, "staging") ? r->device + at : NULL;
+    if (!tb_cuda_ok(c, e, "staging")) return NULL;
+    remember(&r->known, at, bytes);
+    return r->device + at;
 }
 
 static void upload(struct tb_backend *be, void *dst, const void *host, size_t bytes)
@@ -139,7 +174,7 @@ static void upload(struct tb_backend *be, void *dst, const void *host, size_t by
 
 bool tb_cuda_ring_capture(struct tb_cuda *c)
 {
-    c->ring->step_used = 0;
+    c->ring->step_used = c->ring->step_known.n = 0;
     return tb_cuda_ok(c, cudaEventSynchronize(c->ring->step_read), "a decode step");
 }
 
