@@ -28,7 +28,7 @@ template <typename T> static inline void note_argument(struct tb_cuda *c, const 
 }
 template <typename... T, typename... A>
 static inline void note_launch(struct tb_cuda *c, void (*kernel)(T...), dim3 grid, dim3 block,
-                               size_t smem, const A &...arguments)
+                               size_t smem, A... arguments)
 {
     if (!c->capturing) return;
     const size_t head[] = {(size_t)kernel, grid.x, grid.y, grid.z, block.x, block.y, block.z, smem};

@@ -23,6 +23,7 @@ extern "C" bool tb_cuda_ok(struct tb_cuda *c, cudaError_t e, const char *what)
     if (e) c->lost.code = (int)e;
     return !c->lost.code;
 }
+extern "C" void tb_cuda_note(struct tb_cuda *, const void *, size_t) {}
 
 /* ---- tiles: D = A B + D by mma from tiles that ldmatrix loaded, against three loops */
 __global__ static void k_tile(const bf16 *a, const bf16 *b, float *d)
