@@ -103,6 +103,11 @@ struct engine {
     const void *home_bottom = NULL;
     size_t home_size = 0;
     fiber *now = NULL;
+    bool from_home = false; /* it was switched to from there */
+    /* The warp that runs: its lanes take turns until each has stopped once. */
+    fiber *lanes = NULL;
+    int n_lanes = 0, turn = 0;
+    bool reverse = false;
     const std::function<void()> *body = NULL;
     emu_place kernel = {};
     int n_threads = 0;
@@ -146,18 +151,43 @@ void emu_abort(const char *what, const char *file, int line)
 }
 
 /* ---- fibers */
-static void to_home(fiber *f)
+static void arrive(void *fake)
 {
-    __sanitizer_start_switch_fiber(&f->fake, eng->home_bottom, eng->home_size);
-    emu_switch(&f->at, &eng->home);
-    __sanitizer_finish_switch_fiber(f->fake, &eng->home_bottom, &eng->home_size);
+    (void)fake;
+    __sanitizer_finish_switch_fiber(fake, eng->from_home ? &eng->home_bottom : NULL,
+                                    eng->from_home ? &eng->home_size : NULL);
+    eng->from_home = false;
 }
-static void to_fiber(fiber *f)
+/* Makes a lane the one that runs. */
+static fiber *take_turn(int turn)
+{
+    fiber *f = &eng->lanes[eng->reverse ? eng->n_lanes - 1 - turn : turn];
+    eng->turn = turn;
+    eng->now = f;
+    emu_at = &f->where;
+    f->wait = READY;
+    return f;
+}
+/* From a lane that has stopped to the next one, or home. */
+static void pass_on(fiber *f)
+{
+    if (eng->turn + 1 < eng->n_lanes) {
+        fiber *next = take_turn(eng->turn + 1);
+        __sanitizer_start_switch_fiber(&f->fake, next->stack, STACK);
+        emu_switch(&f->at, &next->at);
+    } else {
+        __sanitizer_start_switch_fiber(&f->fake, eng->home_bottom, eng->home_size);
+        emu_switch(&f->at, &eng->home);
+    }
+    arrive(f->fake);
+}
+/* Each lane runs until it stops. */
+static void run_lanes(void)
 {
     void *fake = NULL;
     (void)fake;
-    eng->now = f;
-    emu_at = &f->where;
+    fiber *f = take_turn(0);
+    eng->from_home = true;
     __sanitizer_start_switch_fiber(&fake, f->stack, STACK);
     emu_switch(&eng->home, &f->at);
     __sanitizer_finish_switch_fiber(fake, NULL, NULL);
@@ -165,12 +195,12 @@ static void to_fiber(fiber *f)
 }
 static void fiber_main(void)
 {
-    __sanitizer_finish_switch_fiber(NULL, &eng->home_bottom, &eng->home_size);
+    arrive(NULL);
     for (;;) {
         fiber *f = eng->now;
         (*eng->body)();
         f->wait = ENDED;
-        to_home(f);
+        pass_on(f);
     }
 }
 
@@ -201,7 +231,7 @@ static void stop_at(enum wait wait, const char *what, const char *file, int line
     fiber *f = eng->now;
     f->wait = wait;
     f->stopped = {what, file, line};
-    to_home(f);
+    pass_on(f);
 }
 void emu_sync_block(const char *file, int line)
 {
@@ -235,13 +265,11 @@ static void must_meet(const fiber *a, const fiber *b, const char *who)
 /* Until its lanes have all ended or wait for the block. */
 static void run_warp(fiber *lanes, int n, bool reverse)
 {
+    eng->lanes = lanes;
+    eng->n_lanes = n;
+    eng->reverse = reverse;
     do {
-        for (int i = 0; i < n; i++) {
-            fiber *f = &lanes[reverse ? n - 1 - i : i];
-            if (f->wait == ENDED) continue;
-            f->wait = READY;
-            to_fiber(f);
-        }
+        run_lanes();
         for (int i = 1; i < n; i++)
             must_meet(&lanes[0], &lanes[i], "lanes of a warp do not meet");
     } while (lanes[0].wait == AT_WARP);
@@ -320,7 +348,10 @@ const unsigned char *emu_exchange(const char *what, unsigned mask, const void *m
     if (i / 32 * 32 + 32 > eng->n_threads)
         emu_abort("a warp function in a warp that is not full", file, line);
     unsigned char(*slots)[32] = eng->exchange[i / 32][f->exchanges++ % 2];
-    memcpy(slots[i % 32], mine, bytes);
+    if (bytes == 4)
+        memcpy(slots[i % 32], mine, 4); /* an instruction */
+    else
+        memcpy(slots[i % 32], mine, bytes);
     stop_at(AT_WARP, what, file, line);
     return slots[0];
 }
