@@ -9,14 +9,14 @@
  * A decode step asks for hundreds of small kernels. The work of a class of steps (a power of two of
  * rows) is captured into a graph, which updates the class's executable graph, and that is launched:
  * the device goes from kernel to kernel without the host. Where the update is refused, as the
- * kernels are others, a new executable is made. The first step of a class is not captured: what
- * loads at a kernel's first launch has been loaded then. A capture that fails has run nothing; its
- * work is asked for again, plainly.
+ * kernels are others, a new executable is made. A capture that fails has run nothing; its work is
+ * asked for again, plainly.
  *
  * Capturing costs the host as much as launching, while the device waits. So a step is first only
- * compared with the class's last one: its calls stage what they stage, and a print is made of all
- * kernels, grids, arguments and copies. Where it is the same the executable is launched as it is.
- * That is most steps, as what differs (tokens, positions, pages) is staged.
+ * compared with those before: its calls stage what they stage, and a print is made of all kernels,
+ * grids, arguments and copies. Where it is the executable's, that is launched as it is: most steps,
+ * as what differs (tokens, positions, pages) is staged. A step that is new runs plainly, and is
+ * captured when the next one is the same; so what loads at a kernel's first launch is loaded then.
  *
  * Owner: struct tb_cuda. Thread: the backend's; the current device is the thread's.
  */
@@ -32,7 +32,7 @@
 struct graph_class {
     cudaGraphExec_t exec; /* or NULL */
     uint64_t print;       /* of what exec does */
-    bool warm;            /* one has run plainly */
+    uint64_t seen;        /* of the last step that ran plainly */
 };
 
 struct tb_cuda_queues {
@@ -94,7 +94,7 @@ void tb_cuda_note(struct tb_cuda *c, const void *what, size_t bytes)
     }
 }
 
-/* Calls fn for what it stages and its print; false: it cannot be captured. */
+/* Calls fn for what it stages and its print; false: the step cannot be captured. */
 static bool compare(struct tb_cuda *c, void (*fn)(void *arg), void *arg)
 {
     if (!tb_cuda_ring_capture(c)) return false;
@@ -143,15 +143,27 @@ static bool update(struct tb_cuda *c, struct graph_class *k, cudaGraph_t graph)
     return false;
 }
 
-static bool run_captured(struct tb_cuda *c, struct graph_class *k, void (*fn)(void *arg), void *arg)
+/* Makes the class's executable run what fn asks for. */
+static bool renew(struct tb_cuda *c, struct graph_class *k, void (*fn)(void *arg), void *arg)
 {
-    if (k->exec && !compare(c, fn, arg)) return false;
+    struct tb_cuda_queues *q = c->queues;
+    cudaGraph_t graph = capture(c, fn, arg);
+    bool ok = graph && update(c, k, graph);
+    if (graph) (void)cudaGraphDestroy(graph);
+    q->n_failures = ok ? 0 : q->n_failures + 1;
+    if (q->n_failures == MAX_FAILURES)
+        tb_log(TB_LOG_WARN, "cuda", "device %d: decode steps run without graphs", c->device);
+    return ok;
+}
+
+/* False: nothing has run. */
+static bool run_graph(struct tb_cuda *c, struct graph_class *k, void (*fn)(void *arg), void *arg)
+{
+    if (!compare(c, fn, arg)) return false;
     if (!k->exec || c->print != k->print) {
-        cudaGraph_t graph = capture(c, fn, arg);
-        if (!graph) return false;
-        bool ok = update(c, k, graph);
-        (void)cudaGraphDestroy(graph);
-        if (!ok) return false;
+        bool again = c->print == k->seen;
+        k->seen = c->print;
+        if (!again || !renew(c, k, fn, arg)) return false;
     }
     tb_cuda_ring_send(c);
     tb_cuda_ok(c, cudaGraphLaunch(k->exec, c->stream), "a decode step");
@@ -166,21 +178,9 @@ static void step(struct tb_backend *be, int rows, void (*fn)(void *arg), void *a
     int i = 0;
     while (i < N_CLASSES && (1 << i) < rows)
         i++;
-    if (i < N_CLASSES && q->classes[i].warm && q->n_failures < MAX_FAILURES && !c->lost.code) {
-        if (run_captured(c, &q->classes[i], fn, arg)) {
-            q->n_failures = 0;
-            return;
-        }
-        if (!q->told && !c->lost.code)
-            tb_log(TB_LOG_INFO, "cuda", "device %d: a decode step of %d rows has no graph: %s",
-                   c->device, rows, c->not_captured);
-        q->told = true;
-        if (++q->n_failures == MAX_FAILURES)
-            tb_log(TB_LOG_WARN, "cuda", "device %d: decode steps run without graphs: %s", c->device,
-                   c->not_captured);
-    }
-    if (i < N_CLASSES) q->classes[i].warm = true;
-    fn(arg);
+    if (i == N_CLASSES || q->n_failures == MAX_FAILURES || c->lost.code ||
+        !run_graph(c, &q->classes[i], fn, arg))
+        fn(arg);
 }
 
 void tb_cuda_queue_ops(struct tb_backend_ops *o)
