@@ -1,7 +1,7 @@
 /*
- * The engine over two GPUs of the emulation: models go to them in turn and compute the same on
- * each; when a device is lost, what needs it fails with its error, and the engine goes on
- * answering.
+ * The engine over two GPUs, of the emulation or real (one, where there is no other): models go to
+ * them in turn and compute the same on each; when a device is lost, what needs it fails with its
+ * error, and the engine goes on answering.
  */
 #include <stdlib.h>
 #include <string.h>
@@ -156,14 +156,15 @@ static void run_models(struct fixture *f, struct answers out[N_MODELS])
 static void test_devices(void **state)
 {
     static const int both[] = {1, 0}, one[] = {0};
+    int n = emu_devices(2);
     struct fixture two = {0}, single = {0};
     struct answers a[N_MODELS], b[N_MODELS];
     struct tb_engine_stats s;
-    open_engine(&two, both, 2);
-    assert_non_null(strstr(tb_engine_describe(two.engine), "; cuda emulated GPU"));
+    open_engine(&two, both + 2 - n, n);
+    assert_int_equal(strstr(tb_engine_describe(two.engine), "; cuda ") != NULL, n == 2);
     run_models(&two, a);
     tb_engine_stats(two.engine, &s);
-    assert_int_equal(s.memory.limit, (uint64_t)512 << 20);
+    assert_int_equal(s.memory.limit, (uint64_t)n * 256 << 20);
     assert_int_equal(s.memory.n_adapters, N_MODELS);
     assert_int_equal(s.tasks_done[TB_TASK_SAMPLE], N_MODELS);
     close_engine(&two);
@@ -179,6 +180,7 @@ static void test_devices(void **state)
 
 static void test_lost(void **state)
 {
+    emu_only();
     static const int both[] = {0, 1};
     struct fixture f = {0};
     struct answers a[N_MODELS];
@@ -224,6 +226,7 @@ static void test_lost(void **state)
 
 static void test_refused(void **state)
 {
+    emu_only();
     static const int seven[] = {0, 7};
     struct tb_engine_model models[N_MODELS];
     struct tb_engine *e = NULL;
@@ -243,7 +246,7 @@ static void test_refused(void **state)
 
 int main(void)
 {
-    setenv("TB_EMU_DEVICES", "2", 1);
+    emu_devices(2);
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_devices),
         cmocka_unit_test(test_lost),

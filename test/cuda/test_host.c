@@ -105,6 +105,7 @@ static void test_pool(void **state)
 /* What a limit means: exactly that much, or nine tenths of what is free. */
 static void test_limits(void **state)
 {
+    emu_only();
     struct tb_error err = {0};
     struct tb_backend_options o = {.act = TB_BF16, .mem_limit = (size_t)200 << 20};
     struct tb_backend *a = NULL, *b = NULL;
@@ -312,6 +313,7 @@ static void test_rows(void **state)
 
 static void test_no_candidate(void **state)
 {
+    emu_only();
     struct tb_backend *be = open_device(TB_BF16, (size_t)256 << 20);
     void *w = random_act(TB_BF16, 60 * 16);
     const void *parts[] = {w};
@@ -522,6 +524,7 @@ static int use_device(struct tb_backend *be, const struct work *k, const float *
 
 static void test_lost(void **state)
 {
+    emu_only();
     float *table = random_f32(VOCAB * DIM), want[3 * DIM];
     bool lost = true;
     for (long after = 0; lost; after++) {
@@ -567,6 +570,7 @@ static void test_lost(void **state)
 /* One thread serves two devices: what one of them failed with is not the other's. */
 static void test_others_failure(void **state)
 {
+    emu_only();
     struct tb_backend *a = open_device(TB_F32, (size_t)256 << 20),
                       *b = open_device(TB_F32, (size_t)256 << 20);
     float x[4] = {1, 2, 3, 4}, *p = b->ops->alloc(b, sizeof(x));
@@ -617,6 +621,7 @@ static void close_pair(struct pair *p)
 /* It is queued like all else, in the order of both queues, and refused beyond either memory. */
 static void test_copy_from(void **state)
 {
+    emu_only();
     setenv("TB_EMU_DEVICES", "2", 1);
     struct pair p = open_pair();
     const struct tb_backend_ops *o = p.b->ops;
@@ -647,6 +652,7 @@ static void test_copy_from(void **state)
 /* When the other device is lost only the copy fails; when its own is, it is lost. */
 static void test_copy_from_lost(void **state)
 {
+    emu_only();
     setenv("TB_EMU_DEVICES", "2", 1);
     for (int which = 0; which < 2; which++) {
         struct pair p = open_pair();
@@ -668,6 +674,7 @@ static void test_copy_from_lost(void **state)
 
 static void test_kind(void **state)
 {
+    emu_only();
     setenv("TB_EMU_DEVICES", "3", 1);
     setenv("TB_EMU_NAMES", "small,large", 1);
     static const char *const want[] = {"small, 3 multiprocessors", "large, 3 multiprocessors",

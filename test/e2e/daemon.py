@@ -10,6 +10,7 @@ import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
+OPTIONS = os.environ.get("TB_SERVER_OPTIONS", "").split()  # of every server, as "--backend cuda"
 SANITIZER = re.compile(r"ERROR: \w*Sanitizer|WARNING: ThreadSanitizer|runtime error:|SUMMARY: \w*Sanitizer")
 
 
@@ -45,7 +46,7 @@ class Daemon:
         cmd = [find_daemon(), "serve"]
         for name, folder in self.models.items():
             cmd += ["--model", f"{name}={folder}"]
-        return cmd + ["--listen", "127.0.0.1:0", "--data", self.data, "--dtype", self.dtype, *self.args]
+        return cmd + ["--listen", "127.0.0.1:0", "--data", self.data, "--dtype", self.dtype, *OPTIONS, *self.args]
 
     def start(self, timeout=120):
         os.makedirs(self.data, exist_ok=True)

@@ -81,8 +81,8 @@ def test_a_batch_of_tenants_changes_nothing(service):
 
 
 def test_more_samples_than_the_cache_holds(start):
-    """300 long samples at once under a small memory limit wait for each other; each is what it is alone."""
-    server = start(args=["--memory", "64M"])
+    """300 long samples at once in a small KV cache wait for each other; each is what it is alone."""
+    server = start(args=["--kv-memory", "8M"])
     with Raw(server.url) as raw:
         sampler = raw.create_sampling_session(raw.create_session(), 1, base_model="tiny")
         ids = tokens(20, 1)

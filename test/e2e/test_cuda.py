@@ -1,11 +1,13 @@
-"""The CUDA backend behind a server: the module of the emulation in test/cuda/ in the place of tb-cuda.so."""
+"""The CUDA backend behind a server: the module of the emulation in test/cuda/ in the place of tb-cuda.so; or a GPU where all
+servers are told to use it, as test/gpu/tour does."""
 
 import os
+import re
 import subprocess
 import urllib.request
 
 import pytest
-from daemon import find_daemon
+from daemon import OPTIONS, find_daemon
 from tinker_raw import Failed, Raw, datum
 
 TOKENS = [(7 * i * i + 3) % 300 for i in range(40)]
@@ -16,6 +18,8 @@ CUDA = ["--backend", "cuda", "--memory", "256M"]
 @pytest.fixture
 def emulated(monkeypatch):
     """set(**environment): servers started from now on find the emulated module. Device memory is out of the host's reach."""
+    if "cuda" in OPTIONS:
+        pytest.skip("of the emulation")
     module = os.path.join(os.path.dirname(find_daemon()), "..", "..", "test", "cuda", "tb-cuda-emulated.so")
     if not os.path.exists(module):
         pytest.skip("the emulation is not built")
@@ -27,6 +31,12 @@ def emulated(monkeypatch):
             monkeypatch.setenv(name, str(value))
 
     return set_up
+
+
+@pytest.fixture
+def cuda(request):
+    """set(**environment): servers started from now on with CUDA find a GPU, or the emulated module."""
+    return (lambda **_: None) if "cuda" in OPTIONS else request.getfixturevalue("emulated")
 
 
 def example(n=30):
@@ -47,13 +57,15 @@ def numbers(said):
     return [x for step in said for row in step["logprobs"] for x in row]
 
 
-def test_computes_what_the_cpu_computes(server, emulated, start, tiny, tiny_llama):
-    emulated(TB_EMU_DEVICES=2)
-    cuda = start(models={"tiny": tiny, "tiny-llama": tiny_llama}, args=[*CUDA, "--devices", "1,0"])
-    assert "cuda emulated GPU, f32, " in cuda.log() or "device 1 (emulated GPU)" in cuda.log()
+def test_computes_what_the_cpu_computes(cuda, start, tiny, tiny_llama):
+    models = {"tiny": tiny, "tiny-llama": tiny_llama}
+    cpu = start(models, args=["--backend", "cpu"])
+    cuda(TB_EMU_DEVICES=2)
+    gpu = start(models, args=CUDA if "cuda" in OPTIONS else [*CUDA, "--devices", "1,0"])
+    assert re.search(r"cuda: device \d \(.+\): 256 MiB of ", gpu.log()) and "cuda: " not in cpu.log()
     for name in ("tiny", "tiny-llama"):
         results = []
-        for url in (server.url, cuda.url):
+        for url in (cpu.url, gpu.url):
             with Raw(url) as raw:
                 session = raw.create_session()
                 results.append(train(raw, raw.create_model(session, name, seed=3)))
@@ -62,8 +74,8 @@ def test_computes_what_the_cpu_computes(server, emulated, start, tiny, tiny_llam
         assert max(abs(a - b) for a, b in zip(want, got)) < 1e-3
 
 
-def test_sampled_logprobs_are_forward_logprobs(emulated, start):
-    emulated()
+def test_sampled_logprobs_are_forward_logprobs(cuda, start):
+    cuda()
     with Raw(start(args=CUDA, dtype="bf16").url) as raw:
         session = raw.create_session()
         model = raw.create_model(session, "tiny", seed=3)

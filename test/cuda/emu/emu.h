@@ -29,6 +29,8 @@
 #ifndef TEST_CUDA_EMU_EMU_H
 #define TEST_CUDA_EMU_EMU_H
 
+#include <stdlib.h>
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -43,6 +45,16 @@ void emu_fail_device(int device);
 void emu_vary_products(int n);
 /* Kernels run since the program began. */
 long emu_launches(void);
+
+/* Of tests that run on GPUs too (test/gpu/emu.h). At the start of one that needs the emulation. */
+static inline void emu_only(void) {}
+/* How many devices there are from now on, of at most n. */
+static inline int emu_devices(int n)
+{
+    char text[2] = {(char)('0' + n), 0};
+    setenv("TB_EMU_DEVICES", text, 1);
+    return n;
+}
 
 #ifdef __cplusplus
 }
