@@ -7,10 +7,13 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "engine/route.h"
+#include "engine/mirror.h"
 #include "util/clock.h"
 #include "util/log.h"
 #include "util/mem.h"
+
+/* Tokens: some seconds of a sample, which a copy of an adapter takes no part of. */
+#define MIRROR_TOKENS 2048
 
 struct tb_engine {
     uv_loop_t *loop;
@@ -211,7 +214,7 @@ int tb_engine_create(struct tb_engine **out, uv_loop_t *loop, const struct tb_en
     e->tokenizers = tb_calloc((size_t)TB_MAX(n_models, 1), sizeof(char *));
     for (int i = 0; i < n_models; i++)
         if (o->models[i].tokenizer) e->tokenizers[i] = tb_strdup(o->models[i].tokenizer);
-    route_init(r, n_models, n);
+    route_init(r, n_models, n, o->mirror_tokens ? o->mirror_tokens : MIRROR_TOKENS);
     for (int i = 0; i < n && !rc; i++) {
         devices[i].models = tb_calloc((size_t)TB_MAX(n_models, 1), sizeof(struct tb_model *));
         rc = open_backend(e, &devices[i], i, o, err);
@@ -244,6 +247,7 @@ void tb_engine_close(struct tb_engine *e, void (*cb)(void *arg), void *arg)
 {
     e->closed_cb = cb;
     e->closed_arg = arg;
+    mirrors_close(&e->route);
     close_lanes(e);
 }
 
@@ -308,12 +312,14 @@ void tb_engine_submit(struct tb_engine *e, struct tb_task *task)
 {
     if (task->type == TB_TASK_LOSS_CREATE || task->type == TB_TASK_LOSS_FREE)
         tell_other_lanes(e, task);
+    task->submitted_ns = uv_hrtime();
     route_submit(&e->route, task);
 }
 
 void tb_engine_cancel(struct tb_engine *e, struct tb_task *task)
 {
     __atomic_store_n(&task->canceled, true, __ATOMIC_RELAXED);
+    mirror_cancel(task);
 }
 
 /* Adds a lane's numbers to those of the others. */
@@ -368,4 +374,5 @@ void tb_engine_stats(const struct tb_engine *e, struct tb_engine_stats *out)
     memset(out, 0, sizeof(*out));
     for (int i = 0; i < e->route.n_lanes; i++)
         add_stats(e->route.lanes[i].lane, out);
+    out->work[TB_WORK_SAMPLE].waiting += e->route.n_waiting;
 }

@@ -46,8 +46,11 @@ enum tb_task_type {
     TB_TASK_LOSS_CREATE,  /* loss_id, op CREATE_CUSTOM_LOSS */
     TB_TASK_LOSS_FREE,    /* loss_id; training ops submitted before keep it alive */
     TB_TASK_SAMPLE,       /* version_id (0 = base model), op SAMPLE */
-    TB_N_SUBMITTED,       /* core/ submits those above; lanes send each other these (spread.h): */
-    TB_TASK_SHARE = TB_N_SUBMITTED,
+    TB_N_SUBMITTED,       /* core/ submits those above, the engine those of mirrors: */
+    TB_TASK_LEND = TB_N_SUBMITTED, /* version_id → loan */
+    TB_TASK_BORROW,                /* version_id, loan: the version is there too */
+    TB_TASK_RETURN,                /* loan */
+    TB_TASK_SHARE,                 /* lanes send each other these (spread.h): */
     TB_TASK_COLLECT,
     TB_TASK_SHARE_END,
 };
@@ -72,6 +75,8 @@ struct tb_task {
     struct route_lane *at;   /* the lane that it was passed to, */
     struct route_home *home; /* what it makes or ends there, */
     uint64_t n_drawn;        /* and the tokens that it may draw */
+    struct mirror *mirror;   /* a sample waits for it */
+    struct tb_loan *loan;
     bool canceled;
     struct tb_sampling *sampling;
     struct lane_loss *loss;
@@ -105,6 +110,8 @@ struct tb_engine_options {
     uint64_t memory;        /* of each device; 0 = what it has */
     uint64_t kv_memory;     /* of it for KV pages, for its models in equal parts; 0 = a default */
     const char *paging_dir; /* where idle adapters go when memory is short; NULL: they stay */
+    uint64_t mirror_tokens; /* a replica with so many fewer tokens to draw than those that have a
+                               version gets a copy of it (mirror.h); 0 = a default */
     const int *devices;     /* GPUs to use (route.h says what goes where). None given: one */
     int n_devices;
     int shard_tokens; /* tests: of an op in training; 0 = the backend's */

@@ -26,7 +26,8 @@ static void lane_flush(struct tb_lane *l)
     }
     while ((n = tb_list_pop(&done))) {
         struct tb_task *t = TB_LIST_ENTRY(n, struct tb_task, node);
-        atomic_fetch_add_explicit(&l->stats.tasks_done[t->type], 1, memory_order_relaxed);
+        if (t->type < TB_N_SUBMITTED)
+            atomic_fetch_add_explicit(&l->stats.tasks_done[t->type], 1, memory_order_relaxed);
         l->done(l->done_arg, t);
     }
 }
@@ -167,7 +168,6 @@ fail:
 void lane_submit(struct tb_lane *l, struct tb_task *t)
 {
     TB_BUG_ON(!l->async_open);
-    t->submitted_ns = uv_hrtime();
     atomic_fetch_add_explicit(&l->stats.work[lane_work_of(t->type)].waiting, 1,
                               memory_order_relaxed);
     tb_mailbox_post(&l->inbox, &t->node);

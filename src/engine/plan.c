@@ -147,6 +147,28 @@ static void take_version(struct tb_lane *l, struct tb_task *t)
     finish(l, t);
 }
 
+static void take_loan(struct tb_lane *l, struct tb_task *t)
+{
+    struct tb_adapter_version *version = NULL;
+    const struct lane_version *v;
+    switch (t->type) {
+    case TB_TASK_LEND:
+        v = tb_map_get(&l->versions, KEY(t->version_id));
+        if (!v)
+            tb_error_set(&t->error, TB_ENOTFOUND, "the version is not loaded");
+        else if (!is_lost(l, &t->error))
+            tb_version_lend(v->version, t->loan, &t->error);
+        break;
+    case TB_TASK_BORROW:
+        if (!is_lost(l, &t->error) &&
+            !tb_version_borrow(&version, task_model(l, t), t->loan, &t->error))
+            version_put(l, t, version);
+        break;
+    default: tb_loan_return(t->loan); break;
+    }
+    finish(l, t);
+}
+
 static void take_loss(struct tb_lane *l, struct tb_task *t)
 {
     if (t->type == TB_TASK_LOSS_CREATE) {
@@ -246,6 +268,9 @@ static bool take_inbox(struct tb_lane *l)
         case TB_TASK_SAMPLE: take_sample(l, t); break;
         case TB_TASK_VERSION_LOAD:
         case TB_TASK_VERSION_FREE: take_version(l, t); break;
+        case TB_TASK_LEND:
+        case TB_TASK_BORROW:
+        case TB_TASK_RETURN: take_loan(l, t); break;
         case TB_TASK_LOSS_CREATE:
         case TB_TASK_LOSS_FREE: take_loss(l, t); break;
         case TB_TASK_COLLECT: take_back(l, t); break;

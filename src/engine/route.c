@@ -3,13 +3,15 @@
  */
 #include "engine/route.h"
 
+#include "engine/mirror.h"
 #include "util/limits.h"
 #include "util/mem.h"
 
 #define KEY(id) (const char *)&(id), sizeof(id)
 
-void route_init(struct route *r, int n_models, int n_lanes)
+void route_init(struct route *r, int n_models, int n_lanes, uint64_t mirror_tokens)
 {
+    r->mirror_tokens = mirror_tokens;
     r->n_models = n_models;
     r->n_lanes = n_lanes;
     r->stride = TB_MAX(TB_MIN(n_models, n_lanes), 1);
@@ -23,8 +25,10 @@ static void free_homes(struct tb_map *homes)
     size_t it = 0, len;
     const char *key;
     void *home;
-    while (tb_map_next(homes, &it, &key, &len, &home))
+    while (tb_map_next(homes, &it, &key, &len, &home)) {
+        mirrors_free(home);
         tb_free(home);
+    }
     tb_map_fini(homes);
 }
 
@@ -67,6 +71,15 @@ static struct route_home *find(const struct tb_map *homes, uint64_t id, int mode
     return h && h->model == model ? h : NULL;
 }
 
+/* The task changes what lives there. */
+static struct route_lane *change(struct route_home *h, struct tb_task *t)
+{
+    mirrors_end(h);
+    h->n_changing++;
+    t->home = h;
+    return h->at;
+}
+
 /* The task makes what has this id, at its home or, if it has none, there. */
 static struct route_lane *make(struct route *r, struct tb_map *homes, uint64_t id,
                                struct route_lane *there, struct tb_task *t)
@@ -75,12 +88,11 @@ static struct route_lane *make(struct route *r, struct tb_map *homes, uint64_t i
     if (!h) {
         h = tb_calloc(1, sizeof(*h));
         *h = (struct route_home){.id = id, .model = t->model, .at = there};
+        tb_list_init(&h->mirrors);
         tb_map_put(homes, KEY(h->id), h);
         there->counts[kind_of(r, homes)]++;
     }
-    h->n_changing++;
-    t->home = h;
-    return h->at;
+    return change(h, t);
 }
 
 /* The task ends what has this id, if it is known. */
@@ -88,10 +100,7 @@ static struct route_lane *end(struct route *r, const struct tb_map *homes, uint6
                               struct tb_task *t)
 {
     struct route_home *h = find(homes, id, t->model);
-    if (!h) return route_first(r, t->model);
-    h->n_changing++;
-    t->home = h;
-    return h->at;
+    return h ? change(h, t) : route_first(r, t->model);
 }
 
 static void end_change(struct route *r, struct tb_map *homes, struct tb_task *t, bool there)
@@ -109,6 +118,11 @@ static void end_change(struct route *r, struct tb_map *homes, struct tb_task *t,
 }
 
 /* ---- tasks */
+
+static bool has_model(const struct route *r, const struct tb_task *t)
+{
+    return t->model >= 0 && t->model < r->n_models;
+}
 
 /* Tokens that a sample may draw. It is not checked yet: the lane refuses what makes no sense. */
 static uint64_t drawn_by(const struct route *r, const struct tb_task *t)
@@ -130,7 +144,7 @@ static struct route_lane *home_of(const struct route *r, const struct tb_map *ho
 static struct route_lane *lane_of(struct route *r, struct tb_task *t)
 {
     int m = t->model;
-    if (m < 0 || m >= r->n_models) return &r->lanes[0]; /* which refuses it */
+    if (!has_model(r, t)) return &r->lanes[0]; /* which refuses it */
     switch (t->type) {
     case TB_TASK_ADAPTER_CREATE:
     case TB_TASK_ADAPTER_LOAD:
@@ -148,19 +162,31 @@ static struct route_lane *lane_of(struct route *r, struct tb_task *t)
     case TB_TASK_VERSION_FREE: return end(r, &r->versions, t->version_id, t);
     case TB_TASK_LOSS_CREATE:
     case TB_TASK_LOSS_FREE: return route_first(r, m);
-    case TB_TASK_SAMPLE:
-        t->n_drawn = drawn_by(r, t);
-        return t->version_id ? home_of(r, &r->versions, t->version_id, m)
-                             : least(r, m, ROUTE_SAMPLING);
+    case TB_TASK_SAMPLE: return t->version_id ? route_first(r, m) : least(r, m, ROUTE_SAMPLING);
     default: return home_of(r, &r->adapters, t->adapter_id, m);
     }
 }
 
+void route_assign(struct route_lane *l, struct tb_task *sample)
+{
+    if (sample->at) sample->at->counts[ROUTE_SAMPLING] -= sample->n_drawn;
+    sample->at = l;
+    l->counts[ROUTE_SAMPLING] += sample->n_drawn;
+}
+
 void route_submit(struct route *r, struct tb_task *t)
 {
-    t->at = lane_of(r, t);
-    t->at->counts[ROUTE_SAMPLING] += t->n_drawn;
-    lane_submit(t->at->lane, t);
+    struct route_home *h = NULL;
+    if (t->type == TB_TASK_SAMPLE && has_model(r, t)) {
+        t->n_drawn = drawn_by(r, t);
+        h = find(&r->versions, t->version_id, t->model);
+    }
+    if (h) {
+        mirror_submit(r, h, t);
+    } else {
+        route_assign(lane_of(r, t), t);
+        lane_submit(t->at->lane, t);
+    }
 }
 
 void route_done(struct route *r, struct tb_task *t)
@@ -170,4 +196,5 @@ void route_done(struct route *r, struct tb_task *t)
     bool ends = t->type == TB_TASK_ADAPTER_FREE || t->type == TB_TASK_VERSION_FREE;
     if (t->at) t->at->counts[ROUTE_SAMPLING] -= t->n_drawn;
     if (t->home) end_change(r, of_version ? &r->versions : &r->adapters, t, !ends);
+    t->at = NULL;
 }

@@ -7,8 +7,9 @@
  *
  * An adapter lives on one replica, its home: that with the fewest adapters when it was made. All
  * its tasks go there, and the versions that it publishes live there too. A version from a
- * checkpoint goes where the fewest are, a sample of the base model where the least is drawn. A lane
- * whose device is lost gets none of these while another replica lives.
+ * checkpoint goes where the fewest are, a sample of the base model where the least is drawn, and
+ * one of a version to its home or a mirror of that (mirror.h). A lane whose device is lost gets
+ * none of these while another replica lives.
  *
  * Owner: the engine. Thread: the loop's.
  */
@@ -35,20 +36,27 @@ struct route_home {
     uint64_t id;
     int model;
     struct route_lane *at;
-    int n_changing; /* tasks under way that make it, make it anew or end it */
-    bool there;     /* so the last of them that succeeded left it */
+    int n_changing;         /* tasks under way that make it, make it anew or end it */
+    bool there;             /* so the last of them that succeeded left it */
+    struct tb_list mirrors; /* of a version */
 };
 
 struct route {
     struct route_lane *lanes; /* [n_lanes]; the lanes are the engine's to make and close */
     int n_lanes, n_models, stride;
     struct tb_map adapters, versions; /* id → route_home */
+    uint64_t mirror_tokens; /* how much less a replica must have to draw, to get a mirror */
+    uint64_t n_waiting;     /* samples, for mirrors */
+    bool closing;
 };
 
-void route_init(struct route *r, int n_models, int n_lanes);
+void route_init(struct route *r, int n_models, int n_lanes, uint64_t mirror_tokens);
 void route_fini(struct route *r);
 /* A lane that has the model. */
 struct route_lane *route_first(const struct route *r, int model);
+
+/* What the sample may draw counts as this lane's from now on. */
+void route_assign(struct route_lane *l, struct tb_task *sample);
 
 /* Passes a task to its lane. */
 void route_submit(struct route *r, struct tb_task *t);

@@ -1,7 +1,7 @@
 /*
  * One model on three GPUs of the emulation: many tenants' training and samples give the same bits
- * as on one, wherever they are computed; when a device is lost, those on the others go on; GPUs of
- * several kinds are refused.
+ * as on one, wherever they are computed, also from mirrors of one version; when a device is lost,
+ * those on the others go on; GPUs of several kinds are refused.
  */
 #include <stdlib.h>
 #include <string.h>
@@ -33,7 +33,7 @@ struct fixture {
 static const int device_numbers[] = {0, 1, 2};
 static char *model_dir;
 
-static int create(struct fixture *f, int n_devices, struct tb_error *err)
+static int create(struct fixture *f, int n_devices, uint64_t mirror_tokens, struct tb_error *err)
 {
     struct tb_engine_model model = {.name = "a", .dir = model_dir};
     struct tb_engine_options o = {.models = &model,
@@ -42,17 +42,18 @@ static int create(struct fixture *f, int n_devices, struct tb_error *err)
                                   .dtype = "f32",
                                   .n_threads = 1,
                                   .memory = (uint64_t)256 << 20,
+                                  .mirror_tokens = mirror_tokens,
                                   .devices = device_numbers,
                                   .n_devices = n_devices};
     uv_loop_init(&f->loop);
     return tb_engine_create(&f->engine, &f->loop, &o, err);
 }
 
-static void open_engine(struct fixture *f, int n_devices)
+static void open_engine(struct fixture *f, int n_devices, uint64_t mirror_tokens)
 {
     struct tb_error err = {0};
     *f = (struct fixture){0};
-    if (create(f, n_devices, &err)) fail_msg("%s", err.msg);
+    if (create(f, n_devices, mirror_tokens, &err)) fail_msg("%s", err.msg);
 }
 
 static void on_closed(void *arg)
@@ -72,6 +73,7 @@ static void close_engine(struct fixture *f)
 static void on_done(struct tb_task *t)
 {
     ((struct fixture *)t->arg)->open--;
+    t->cb = NULL; /* for finish_ok */
 }
 
 static struct tb_task *submit(struct fixture *f, enum tb_task_type type, uint64_t adapter,
@@ -114,6 +116,13 @@ static void drop_ok(struct tb_task *t)
 {
     if (tb_task_error(t)->code) fail_msg("%s", tb_task_error(t)->msg);
     drop(t);
+}
+
+static void finish_ok(struct fixture *f, struct tb_task *t)
+{
+    while (t->cb)
+        uv_run(&f->loop, UV_RUN_ONCE);
+    drop_ok(t);
 }
 
 static struct tb_op *sample_op(uint64_t seed)
@@ -175,10 +184,10 @@ static void test_same_bits(void **state)
     struct fixture f;
     struct answers *one = tb_calloc(1, sizeof(*one)), *three = tb_calloc(1, sizeof(*three));
     struct tb_engine_stats s;
-    open_engine(&f, 1);
+    open_engine(&f, 1, 0);
     run_tenants(&f, one);
     close_engine(&f);
-    open_engine(&f, 3);
+    open_engine(&f, 3, DRAWN);
     run_tenants(&f, three);
     tb_engine_stats(f.engine, &s);
     assert_int_equal(s.memory.n_adapters, N_TENANTS);
@@ -197,7 +206,7 @@ static void test_lost(void **state)
     struct fixture f;
     struct answers *all = tb_calloc(1, sizeof(*all));
     struct drawn again;
-    open_engine(&f, 3);
+    open_engine(&f, 3, 0);
     run_tenants(&f, all);
     emu_fail_device(1);
     for (uint64_t i = 0; i < N_TENANTS; i++) {
@@ -232,17 +241,107 @@ static void test_lost(void **state)
     tb_free(all);
 }
 
+enum { N_SAMPLES = 12, VERSION = 101 };
+
+static void submit_samples(struct fixture *f, struct tb_task *out[N_SAMPLES])
+{
+    for (uint64_t i = 0; i < N_SAMPLES; i++)
+        out[i] = submit(f, TB_TASK_SAMPLE, 0, VERSION, sample_op(i));
+}
+
+static void take_samples(struct tb_task *t[N_SAMPLES], struct drawn out[N_SAMPLES])
+{
+    for (int i = 0; i < N_SAMPLES; i++)
+        take_sample(t[i], &out[i]);
+}
+
+/* A step of the optimizer changes the weights, which are published under the same name. */
+static void publish(struct fixture *f, uint64_t seed)
+{
+    struct tb_task *t[] = {submit(f, TB_TASK_TRAIN, 1, 0, batch_op(&shapes[1], seed, true, false)),
+                           submit(f, TB_TASK_OPTIM, 1, 0, op_adam(1e-2)),
+                           submit(f, TB_TASK_PUBLISH, 1, VERSION, NULL)};
+    for (size_t i = 0; i < TB_ARRAY_LEN(t); i++)
+        finish_ok(f, t[i]);
+}
+
+/* Samples of three states of an adapter, all of one name: the next one comes while those of the
+ * last run or wait for mirrors. */
+static void sample_states(struct fixture *f, struct drawn out[3][N_SAMPLES])
+{
+    struct tb_task *t[3][N_SAMPLES];
+    finish_ok(f, submit(f, TB_TASK_ADAPTER_CREATE, 1, 0, NULL));
+    for (uint64_t i = 0; i < 3; i++) {
+        publish(f, i);
+        submit_samples(f, t[i]);
+    }
+    finish_ok(f, submit(f, TB_TASK_VERSION_FREE, 0, VERSION, NULL));
+    wait_all(f);
+    for (int i = 0; i < 3; i++)
+        take_samples(t[i], out[i]);
+}
+
+static int n_versions(struct fixture *f)
+{
+    struct tb_engine_stats s;
+    tb_engine_stats(f->engine, &s);
+    return (int)s.memory.n_versions;
+}
+
+static void test_mirrors(void **state)
+{
+    struct fixture f;
+    struct drawn one[3][N_SAMPLES], three[3][N_SAMPLES], again[N_SAMPLES];
+    struct tb_task *t[N_SAMPLES];
+    open_engine(&f, 1, 0);
+    sample_states(&f, one);
+    close_engine(&f);
+    for (int i = 1; i < 3; i++)
+        assert_memory_not_equal(one[0], one[i], sizeof(one[0]));
+    open_engine(&f, 3, DRAWN);
+    sample_states(&f, three);
+    assert_memory_equal(one, three, sizeof(one));
+    finish_ok(&f, submit(&f, TB_TASK_PUBLISH, 1, VERSION, NULL));
+    for (int k = 0; k < 3; k++) {
+        submit_samples(&f, t);
+        if (k == 1) tb_engine_cancel(f.engine, t[N_SAMPLES - 1]);
+        wait_all(&f);
+        if (k == 1) {
+            drop(t[N_SAMPLES - 1]);
+            t[N_SAMPLES - 1] = submit(&f, TB_TASK_SAMPLE, 0, VERSION, sample_op(N_SAMPLES - 1));
+            wait_all(&f);
+        }
+        take_samples(t, again);
+        assert_memory_equal(again, one[2], sizeof(again));
+        assert_int_equal(n_versions(&f), 3);
+    }
+    emu_fail_device(2); /* what is there fails, the rest goes on */
+    submit_samples(&f, t);
+    wait_all(&f);
+    for (int i = 0; i < N_SAMPLES; i++)
+        if (drop(t[i])) assert_int_equal(i % 3, 2);
+    submit_samples(&f, t);
+    wait_all(&f);
+    take_samples(t, again);
+    assert_memory_equal(again, one[2], sizeof(again));
+    submit_samples(&f, t); /* while they run */
+    close_engine(&f);
+    for (int i = 0; i < N_SAMPLES; i++)
+        assert_int_equal(drop(t[i]), TB_ECANCELED);
+    emu_fail_after(0);
+}
+
 static void test_kinds(void **state)
 {
     emu_only();
     struct fixture f = {0};
     struct tb_error err = {0};
     setenv("TB_EMU_NAMES", "GPU A,GPU A,GPU B", 1);
-    assert_int_equal(create(&f, 3, &err), TB_EINVAL);
+    assert_int_equal(create(&f, 3, 0, &err), TB_EINVAL);
     assert_string_equal(err.msg, "--devices: GPU 0 (GPU A, 3 multiprocessors) and GPU 2 (GPU B, 3 "
                                  "multiprocessors) share a model, so they must be of one kind");
     assert_int_equal(uv_loop_close(&f.loop), 0);
-    open_engine(&f, 2);
+    open_engine(&f, 2, 0);
     close_engine(&f);
     unsetenv("TB_EMU_NAMES");
 }
@@ -254,6 +353,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_same_bits),
         cmocka_unit_test(test_lost),
+        cmocka_unit_test(test_mirrors),
         cmocka_unit_test(test_kinds),
     };
     int rc = cmocka_run_group_tests_name("cuda replicas", tests, NULL, NULL);

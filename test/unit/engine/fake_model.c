@@ -58,6 +58,8 @@ struct fake_device fake_devices[FAKE_DEVICES];
 const char *fake_last_kind;
 _Atomic int fake_sampled_on[FAKE_MAX_SEQ], fake_content[FAKE_MAX_SEQ];
 
+_Atomic int fake_hold, fake_held, fake_loans;
+
 static _Atomic int last_content;
 static uv_once_t once = UV_ONCE_INIT;
 static uv_mutex_t events_lock;
@@ -79,8 +81,9 @@ void fake_reset(void)
         fake_first_step[i] = fake_sampled_on[i] = fake_content[i] = -1;
     for (int i = 0; i < FAKE_DEVICES; i++) {
         fake_devices[i].samples = 0;
-        fake_devices[i].lost = false;
+        fake_devices[i].lost = fake_devices[i].full = false;
     }
+    fake_hold = fake_held = FAKE_HOLD_NONE;
     last_content = 0;
     fake_last_kind = "fake";
     fake_max_reserved = 1000;
@@ -288,6 +291,43 @@ void tb_version_unref(struct tb_adapter_version *v)
     tb_free(v);
 }
 
+static void stand(enum fake_hold at)
+{
+    while (fake_hold == (int)at) {
+        fake_held = at;
+        usleep(100);
+    }
+    fake_held = FAKE_HOLD_NONE;
+}
+
+int tb_version_lend(struct tb_adapter_version *v, struct tb_loan *out, struct tb_error *err)
+{
+    stand(FAKE_HOLD_LEND);
+    v->refs++;
+    fake_loans++;
+    *out = (struct tb_loan){.version = v};
+    return 0;
+}
+
+int tb_version_borrow(struct tb_adapter_version **out, struct tb_model *m,
+                      const struct tb_loan *loan, struct tb_error *err)
+{
+    stand(FAKE_HOLD_BORROW);
+    use(m->be, TB_QUEUE_TRAIN);
+    if (m->be->lost) return sync_device(m->be, err);
+    if (fake_devices[m->device].full) return tb_error_set(err, TB_ENOMEM, "no room");
+    TB_BUG_ON(loan->version->device == m->device);
+    *out = new_version(m->device, loan->version->content);
+    return 0;
+}
+
+void tb_loan_return(struct tb_loan *loan)
+{
+    stand(FAKE_HOLD_RETURN);
+    tb_version_unref(loan->version);
+    fake_loans--;
+}
+
 int tb_training_create(struct tb_training **out, struct tb_adapter *a, struct tb_op *op,
                        const struct tb_graph *graph)
 {
@@ -339,22 +379,6 @@ void tb_training_share(struct tb_training **out, const struct tb_training *of,
 
 int tb_training_collect(struct tb_training *t, const struct tb_training *share,
                         struct tb_error *err)
-{
-    abort();
-}
-
-int tb_version_lend(struct tb_adapter_version *v, struct tb_loan *out, struct tb_error *err)
-{
-    abort();
-}
-
-int tb_version_borrow(struct tb_adapter_version **out, struct tb_model *m,
-                      const struct tb_loan *loan, struct tb_error *err)
-{
-    abort();
-}
-
-void tb_loan_return(struct tb_loan *loan)
 {
     abort();
 }

@@ -38,10 +38,15 @@ extern _Atomic int fake_steps, fake_first_step[FAKE_MAX_SEQ];
 struct fake_device {
     _Atomic int adapters, versions; /* alive there */
     _Atomic int samples;            /* that were begun there */
+    _Atomic bool full;              /* for a test to set: nothing can be borrowed there */
     _Atomic bool lost; /* for a test to set: what runs there fails from the next turn on */
 };
 extern struct fake_device fake_devices[FAKE_DEVICES];
 extern const char *fake_last_kind;
+/* A loan stands there while the test has it so. */
+enum fake_hold { FAKE_HOLD_NONE, FAKE_HOLD_LEND, FAKE_HOLD_BORROW, FAKE_HOLD_RETURN };
+extern _Atomic int fake_hold, fake_held; /* where one stands */
+extern _Atomic int fake_loans;           /* that are out */
 /* The device that a sample was begun on, and the content of its weights (each publish and load
  * makes another, counted from 1; 0: the base model), by seq_id; -1: it has not begun. */
 extern _Atomic int fake_sampled_on[FAKE_MAX_SEQ], fake_content[FAKE_MAX_SEQ];

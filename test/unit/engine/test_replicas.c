@@ -27,8 +27,11 @@ static const int device_numbers[] = {0, 1, 2, 3};
 static int create(struct fixture *f, int n_models, int n_devices, struct tb_error *err)
 {
     struct tb_engine_model models[2] = {{.name = "a", .dir = "x"}, {.name = "b", .dir = "y"}};
-    struct tb_engine_options o = {
-        .models = models, .n_models = n_models, .devices = device_numbers, .n_devices = n_devices};
+    struct tb_engine_options o = {.models = models,
+                                  .n_models = n_models,
+                                  .devices = device_numbers,
+                                  .n_devices = n_devices,
+                                  .mirror_tokens = 50};
     uv_loop_init(&f->loop);
     return tb_engine_create(&f->engine, &f->loop, &o, err);
 }
@@ -58,11 +61,8 @@ static void on_closed(void *arg)
     ((struct fixture *)arg)->closed = true;
 }
 
-static int teardown(void **state)
+static void check_closed(struct fixture *f)
 {
-    struct fixture *f = *state;
-    tb_engine_close(f->engine, on_closed, f);
-    uv_run(&f->loop, UV_RUN_DEFAULT);
     assert_true(f->closed);
     assert_int_equal(f->open, 0); /* every callback came */
     assert_int_equal(uv_loop_close(&f->loop), 0);
@@ -70,6 +70,15 @@ static int teardown(void **state)
     assert_int_equal(fake_live_versions, 0);
     assert_int_equal(fake_live_samplings, 0);
     assert_int_equal(fake_live_graphs, 0);
+    assert_int_equal(fake_loans, 0);
+}
+
+static int teardown(void **state)
+{
+    struct fixture *f = *state;
+    tb_engine_close(f->engine, on_closed, f);
+    uv_run(&f->loop, UV_RUN_DEFAULT);
+    check_closed(f);
     tb_free(f);
     return 0;
 }
@@ -314,6 +323,240 @@ static void test_kinds(void **state)
     assert_int_equal(uv_loop_close(&f.loop), 0);
 }
 
+/* ---- mirrors. Version 20 is adapter 1's, at home on device 0. */
+
+static int setup_version(void **state)
+{
+    setup_three(state);
+    on_adapter(*state, TB_TASK_ADAPTER_CREATE, 0, 1, 0);
+    on_adapter(*state, TB_TASK_PUBLISH, 0, 1, 20);
+    run(*state, 0);
+    return 0;
+}
+
+static int teardown_version(void **state)
+{
+    fake_hold = FAKE_HOLD_NONE; /* of a test that failed */
+    return teardown(state);
+}
+
+static void sampled_on(int64_t seq, int device, int content)
+{
+    assert_int_equal(fake_sampled_on[seq], device);
+    assert_int_equal(fake_content[seq], content);
+}
+
+static void hold(enum fake_hold at)
+{
+    fake_hold = (int)at;
+}
+
+static void wait_held(struct fixture *f)
+{
+    while (fake_hold && fake_held != fake_hold)
+        uv_run(&f->loop, UV_RUN_NOWAIT);
+}
+
+static void wait_returned(struct fixture *f)
+{
+    while (fake_loans)
+        uv_run(&f->loop, UV_RUN_NOWAIT);
+}
+
+/* Samples of version 20 for devices 0, 1, 2, 0, 1, 2, when nothing else is to be drawn. */
+static void sample_six(struct fixture *f, int64_t seq)
+{
+    for (int64_t i = 0; i < 6; i++)
+        sample(f, 0, 20, seq + i, 60);
+}
+
+/* Samples are drawn where the version is, and there is more of it when that is worth it. */
+static void test_mirrors(void **state)
+{
+    struct fixture *f = *state;
+    struct tb_engine_stats s;
+    sample(f, 0, 20, 0, 40);
+    sample(f, 0, 20, 1, 9);
+    run(f, 0);
+    versions_are(1, 0, 0, 0); /* little to draw */
+    hold(FAKE_HOLD_LEND);
+    sample_six(f, 10);
+    tb_engine_stats(f->engine, &s); /* the first may have begun */
+    assert_in_range(s.work[TB_WORK_SAMPLE].waiting, 5, 6);
+    hold(FAKE_HOLD_NONE);
+    run(f, 0);
+    for (int i = 0; i < 6; i++)
+        sampled_on(10 + i, i % 3, 1);
+    versions_are(1, 1, 1, 0);
+    sample_six(f, 20); /* nothing waits for mirrors any more */
+    run(f, 0);
+    for (int i = 0; i < 6; i++)
+        sampled_on(20 + i, i % 3, 1);
+    sample(f, 0, 20, 26, 9);
+    sample(f, 0, 20, 27, 9);
+    run(f, 0);
+    sampled_on(27, 1, 1);
+    tb_engine_stats(f->engine, &s);
+    assert_int_equal(s.work[TB_WORK_SAMPLE].waiting, 0);
+    assert_int_equal(s.tasks_done[TB_TASK_SAMPLE], 16);
+    on_version(f, TB_TASK_VERSION_FREE, 0, 20);
+    run(f, 0);
+    sample(f, 0, 20, 30, 60);
+    run(f, 1);
+}
+
+/* Published or loaded anew, at any point of a loan: samples before it see the old weights, those
+ * after it the new ones. */
+static void test_anew(void **state)
+{
+    struct fixture *f = *state;
+    int64_t seq = 0;
+    for (int k = 0; k < 24; k++, seq += 20) {
+        hold((enum fake_hold)(k % 4));
+        sample_six(f, seq);
+        wait_held(f);
+        if (k % 8 >= 4) sample_six(f, seq + 6);
+        on_adapter(f, k % 3 ? TB_TASK_PUBLISH : TB_TASK_VERSION_LOAD, 0, 1, 20);
+        hold(FAKE_HOLD_NONE);
+        run(f, 0);
+        for (int i = 0; i < (k % 8 >= 4 ? 12 : 6); i++)
+            assert_int_equal(fake_content[seq + i], 2 * k + 1);
+        sample_six(f, seq + 12);
+        run(f, 0);
+        for (int i = 12; i < 18; i++)
+            sampled_on(seq + i, i % 3, 2 * k + 2);
+        wait_returned(f);
+        versions_are(1, 1, 1, 0);
+        on_adapter(f, TB_TASK_PUBLISH, 0, 1, 20);
+        run(f, 0);
+    }
+}
+
+/* Freed while samples run on it everywhere, or wait for a mirror: all of them end well. */
+static void test_freed(void **state)
+{
+    struct fixture *f = *state;
+    for (int k = 0; k < 8; k++) {
+        hold((enum fake_hold)(k % 4));
+        sample_six(f, 10 * k);
+        wait_held(f);
+        on_version(f, TB_TASK_VERSION_FREE, 0, 20);
+        sample(f, 0, 20, 10 * k + 6, 60); /* too late */
+        hold(FAKE_HOLD_NONE);
+        run(f, 1);
+        for (int i = 0; i < 6; i++)
+            assert_int_equal(fake_content[10 * k + i], k + 1);
+        while (fake_live_versions)
+            uv_run(&f->loop, UV_RUN_NOWAIT);
+        on_adapter(f, TB_TASK_PUBLISH, 0, 1, 20);
+        run(f, 0);
+    }
+}
+
+/* A sample that waits for a mirror can be canceled meanwhile; the others' turn comes. */
+static void test_canceled(void **state)
+{
+    struct fixture *f = *state;
+    hold(FAKE_HOLD_BORROW);
+    sample(f, 0, 20, 0, 100);
+    struct tb_task *t = sample(f, 0, 20, 1, 40);
+    sample(f, 0, 20, 2, 1000);
+    sample(f, 0, 20, 3, 30);
+    wait_held(f);
+    tb_engine_cancel(f->engine, t);
+    while (f->open > 2) /* the first, and the canceled one */
+        uv_run(&f->loop, UV_RUN_ONCE);
+    assert_int_equal(f->failed, 1);
+    assert_int_equal(f->last_error, TB_ECANCELED);
+    hold(FAKE_HOLD_NONE);
+    run(f, 0);
+    sampled_on(2, 1, 1);
+    sampled_on(3, 2, 1);
+}
+
+/* Where there is no room, samples go home, and it is not tried again before the version changes. */
+static void test_no_room(void **state)
+{
+    struct fixture *f = *state;
+    fake_devices[1].full = fake_devices[2].full = true;
+    for (int k = 0; k < 2; k++) {
+        sample_six(f, 10 * k);
+        run(f, 0);
+        for (int i = 0; i < 6; i++)
+            sampled_on(10 * k + i, 0, 1);
+        fake_devices[1].full = false;
+    }
+    versions_are(1, 0, 0, 0);
+    on_adapter(f, TB_TASK_PUBLISH, 0, 1, 20);
+    run(f, 0);
+    sample_six(f, 20);
+    run(f, 0);
+    sampled_on(21, 1, 2);
+    sampled_on(22, 0, 2);
+    versions_are(1, 1, 0, 0);
+}
+
+/* What is on a device that is lost fails; what comes after is drawn on the others. */
+static void test_mirror_lost(void **state)
+{
+    struct fixture *f = *state;
+    hold(FAKE_HOLD_BORROW);
+    sample(f, 0, 20, 0, 60);
+    sample(f, 0, 20, 1, 60);
+    wait_held(f);
+    fake_devices[1].lost = true; /* while it borrows */
+    hold(FAKE_HOLD_NONE);
+    run(f, 0);
+    sampled_on(1, 0, 1);
+    sample_six(f, 10);
+    run(f, 0);
+    for (int i = 0; i < 6; i++)
+        sampled_on(10 + i, i % 2 * 2, 1);
+    fake_devices[0].lost = true; /* the home */
+    on_adapter(f, TB_TASK_OPTIM, 0, 1, 0);
+    run(f, 1);
+    sample_six(f, 20);
+    run(f, 0);
+    for (int i = 0; i < 6; i++)
+        sampled_on(20 + i, 2, 1);
+    fake_devices[2].lost = true;
+    for (int k = 0; k < 2; k++) {
+        sample_six(f, 30);
+        run(f, 6);
+        assert_int_equal(f->last_error, TB_EDEVICE);
+    }
+}
+
+static void test_home_lost(void **state)
+{
+    struct fixture *f = *state;
+    fake_devices[0].lost = true;
+    sample_six(f, 0); /* it cannot lend: they come home */
+    run(f, 6);
+    assert_int_equal(f->last_error, TB_EDEVICE);
+    versions_are(1, 0, 0, 0);
+}
+
+/* Closing at any point of a loan: the home waits for it, and every callback comes. */
+static void test_close(void **state)
+{
+    for (int k = 0; k < 4; k++) {
+        struct fixture *f = *state;
+        hold((enum fake_hold)k);
+        sample_six(f, 0);
+        wait_held(f);
+        tb_engine_close(f->engine, on_closed, f);
+        for (int i = 0; k && i < 100; i++)
+            uv_run(&f->loop, UV_RUN_NOWAIT);
+        assert_true(k == 0 || !f->closed);
+        hold(FAKE_HOLD_NONE);
+        uv_run(&f->loop, UV_RUN_DEFAULT);
+        check_closed(f);
+        tb_free(f);
+        setup_version(state);
+    }
+}
+
 int main(void)
 {
 #define T(name) cmocka_unit_test_setup_teardown(name, setup_three, teardown)
@@ -325,6 +568,15 @@ int main(void)
         T(test_lost),
         cmocka_unit_test_setup_teardown(test_two_models, setup_two_models, teardown),
         cmocka_unit_test(test_kinds),
+#define V(name) cmocka_unit_test_setup_teardown(name, setup_version, teardown_version)
+        V(test_mirrors),
+        V(test_anew),
+        V(test_freed),
+        V(test_canceled),
+        V(test_no_room),
+        V(test_mirror_lost),
+        V(test_home_lost),
+        V(test_close),
     };
     return cmocka_run_group_tests_name("engine replicas", tests, NULL, NULL);
 }
