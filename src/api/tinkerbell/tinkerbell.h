@@ -7,7 +7,9 @@
  *   tinkerbell.c  routes, which requests are ours, simple answers
  *   job.c         jobs and their futures
  *   adapter.c     names and models; add_lora, remove_lora, weights
- *   train.c       chat messages and Datums into training ops; losses
+ *   train_data.c  chat messages and Datums into training ops; losses
+ *   train.c       training ops run, and what is told of their results
+ *   optim.c       optimizer steps
  *   sample.c      prompts into samples
  *
  * Owner: the api object owns the face's state, which owns adapters and jobs. Thread: the loop's,
@@ -152,7 +154,7 @@ extern const struct tb_bell_kind tb_bell_add_lora, tb_bell_remove_lora, tb_bell_
     tb_bell_save_sampler;
 int tb_bell_lora(struct tb_bell_job *j, const struct tb_json *root, struct tb_error *err);
 
-/* ---- train.c, sample.c */
+/* ---- train.c, optim.c, sample.c */
 extern const struct tb_bell_kind tb_bell_forward, tb_bell_forward_backward, tb_bell_optim_step;
 extern const struct tb_bell_kind tb_bell_sample, tb_bell_register_loss;
 void tb_bell_sample_forget(struct tb_bell_job *j); /* core calls its samples no more */
