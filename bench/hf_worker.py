@@ -1,7 +1,8 @@
 """Hugging Face transformers + PEFT doing the work of the benchmarks, one command a line on stdin; run by lib.py.
 
-    hf_worker.py cpu|cuda THREADS DIR RANK        rank 0: the base model alone
-    train N LEN | prefill LEN | decode N STEPS | logprobs TOKEN... | memory        answers: one JSON object a line, the first when ready
+    hf_worker.py cpu|cuda THREADS DIR RANK [MEMORY]        rank 0: the base model alone; MEMORY: the part of a GPU's it may use
+    train N LEN | prefill LEN [N] | decode N STEPS | adapter 0|1 | logprobs TOKEN... | memory
+    answers: one JSON object a line, the first when ready
 """
 
 import json
@@ -21,6 +22,8 @@ def main():
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(threads)
     torch.manual_seed(0)
+    if device == "cuda":
+        torch.cuda.set_per_process_memory_fraction(float(sys.argv[5]))
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device)
     vocab = model.config.vocab_size
     if rank:
@@ -34,17 +37,30 @@ def main():
             torch.cuda.synchronize()
         return time.perf_counter()
 
+    at_once = {}  # by length: the most sequences that have fitted
+
     def train(n, length):
+        """Gradients of n sequences add up, as many at once as fit: half as many after each lack of memory."""
         ids = torch.randint(0, vocab, (n, length + 1), device=device)
-        start = now()
-        logits = model(input_ids=ids[:, :-1]).logits
-        loss = torch.nn.functional.cross_entropy(logits.reshape(-1, vocab).float(), ids[:, 1:].reshape(-1), reduction="sum")
-        loss.backward()
-        return {"seconds": now() - start}
+        while True:
+            few, logits = at_once.setdefault(length, n), None
+            start = now()
+            try:
+                for part in ids.split(few):
+                    logits = model(input_ids=part[:, :-1]).logits
+                    torch.nn.functional.cross_entropy(logits.reshape(-1, vocab).float(), part[:, 1:].reshape(-1),
+                                                      reduction="sum").backward()
+                return {"seconds": now() - start, "at once": few}
+            except torch.cuda.OutOfMemoryError:
+                if few == 1:
+                    raise
+                at_once[length] = few // 2
+            logits = None
+            torch.cuda.empty_cache()
 
     @torch.no_grad()
-    def prefill(length):
-        ids = torch.randint(0, vocab, (1, length), device=device)
+    def prefill(length, n=1):
+        ids = torch.randint(0, vocab, (n, length), device=device)
         start = now()
         model(input_ids=ids, logits_to_keep=1, use_cache=True).logits.argmax(-1)
         return {"seconds": now() - start}
@@ -58,6 +74,14 @@ def main():
             out = model(input_ids=out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
         return {"seconds": now() - start}
 
+    def adapter(on):
+        """Whether the adapter takes part from now on."""
+        if on:
+            model.enable_adapter_layers()
+        else:
+            model.disable_adapter_layers()
+        return {}
+
     @torch.no_grad()
     def logprobs(*ids):
         """Of each token but the first, given those before it."""
@@ -67,7 +91,7 @@ def main():
 
     print(json.dumps({"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__,
                       **memory()}), flush=True)
-    serve({"train": train, "prefill": prefill, "decode": decode, "logprobs": logprobs, "memory": memory})
+    serve({"train": train, "prefill": prefill, "decode": decode, "adapter": adapter, "logprobs": logprobs, "memory": memory})
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ LOWER_IS_BETTER = ("s", "ms", "us", "MiB", "%")
 
 
 # ---------------------------------------------------------------------------------------------- options
-def arguments(doc, repeat=3):
-    """The options of every script."""
+def arguments(doc, repeat=3, extra=None, **defaults):
+    """The options of every script, those of one in `extra`."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--daemon", default=find_daemon(), help="the server to measure")
     parser.add_argument("--hf", metavar="PYTHON", help="interpreter with torch, transformers and peft")
@@ -44,6 +44,9 @@ def arguments(doc, repeat=3):
     parser.add_argument("--repeat", type=int, help=f"rounds (default {repeat}, 1 with --quick)")
     parser.add_argument("--quick", action="store_true", help="one round, and less work in it")
     parser.add_argument("--json", metavar="FILE", help="write all values here")
+    for name, settings in (extra or {}).items():
+        parser.add_argument(name, **settings)
+    parser.set_defaults(**defaults)
     args = parser.parse_args()
     if not args.daemon:
         parser.error("no server found: build it, or name it with --daemon or TB_DAEMON")
@@ -108,12 +111,12 @@ class Shape:
         token = 4 * (self.body + self.head) + 6 * self.lora(rank) + 3 * self.attention(length)
         return {"flops": n * length * token, "tokens": n * length}
 
-    def prefill(self, length):
-        return {"flops": length * (2 * self.body + self.attention(length)) + 2 * self.head, "tokens": length}
+    def prefill(self, length, n=1):
+        return {"flops": n * (length * (2 * self.body + self.attention(length)) + 2 * self.head), "tokens": n * length}
 
-    def decode(self, n, rank=0, steps=1):
-        """Steps of n sequences, each with an adapter of its own where there is a rank."""
-        return {"bytes": steps * self.size * (self.body + self.head + n * self.lora(rank)),
+    def decode(self, n, rank=0, steps=1, adapters=None):
+        """Steps of n sequences; where there is a rank each has an adapter of its own, or they share that many."""
+        return {"bytes": steps * self.size * (self.body + self.head + (adapters or n) * self.lora(rank)),
                 "flops": steps * 2 * n * (self.body + self.head + self.lora(rank)), "tokens": steps * n}
 
 
@@ -235,8 +238,8 @@ class Server:
         assert all(len(r) == n and len(s["tokens"]) == tokens for r in results for s in r)
         return seconds, results
 
-    def prefill(self, sampler, length):
-        return self.sample([sampler], [self.ids(length)], 1)[0]
+    def prefill(self, sampler, length, n=1):
+        return self.sample([sampler] * n, [self.ids(length) for _ in range(n)], 1)[0]
 
     def touch_cache(self):
         """Fills the KV cache once: the first use of a page of memory is the machine's time, paid by a server's first minutes."""
@@ -299,9 +302,9 @@ class Peer:
         return self.ask("memory")["rss"]
 
 
-def hugging_face(args, folder, rank):
-    """rank 0: the base model alone."""
-    return Peer(HF, args.hf, args, "hf_worker.py", folder, rank)
+def hugging_face(args, folder, rank, memory=1.0):
+    """rank 0: the base model alone. memory: the part of a GPU's that it may use."""
+    return Peer(HF, args.hf, args, "hf_worker.py", folder, rank, memory)
 
 
 def llama(args, folder):
@@ -319,6 +322,12 @@ def peers(args, server, report, stack):
         started.append(stack.enter_context(hugging_face(args, server.folder, 0)))
     if args.llama:
         started.append(stack.enter_context(llama(args, server.folder)))
+    same_model(server, report, started)
+    return started
+
+
+def same_model(server, report, started):
+    """Peers must give the server's greedy tokens about the same logprobs."""
     prompt = server.ids(32)
     ticket = server.submit_sample(server.base_sampler(), prompt, 16, temperature=0)
     ours = sample_result(server.raw.retrieve(ticket))["sequences"][0]
@@ -328,7 +337,6 @@ def peers(args, server, report, stack):
         report.fact(peer.name, {**peer.versions, "logprobs apart, mean": apart})
         if apart > 0.25:
             raise RuntimeError(f"{peer.name} computes something else: logprobs {theirs}, ours {ours['logprobs']}")
-    return started
 
 
 # ---------------------------------------------------------------------------------------------- the report

@@ -65,7 +65,8 @@ def to_bf16(a):
 
 
 def write_safetensors(path, shapes, make, dtype):
-    """Writes tensors one after the other; make(name, shape) gives each as float32 when its turn comes."""
+    """Writes tensors one after the other; make(name, shape) gives each as float32 when its turn comes, or fewer numbers that
+    repeat to its end."""
     size = 2 if dtype == "BF16" else 4
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, shape in shapes.items():
@@ -78,13 +79,39 @@ def write_safetensors(path, shapes, make, dtype):
         f.write(struct.pack("<Q", len(text)) + text)
         for name, shape in shapes.items():
             a = make(name, shape)
-            f.write((to_bf16(a) if dtype == "BF16" else np.ascontiguousarray(a, dtype=np.float32)).tobytes())
+            block = (to_bf16(a) if dtype == "BF16" else np.ascontiguousarray(a, dtype=np.float32)).reshape(-1)
+            for at in range(0, int(np.prod(shape)), len(block)):
+                f.write(block[:int(np.prod(shape)) - at].data)
+
+
+def write_shards(folder, shapes, make, dtype, limit):
+    """One file, or as many as keep each to about `limit` bytes, and their index."""
+    shards, room = [{}], limit
+    for name, shape in shapes.items():
+        n = int(np.prod(shape)) * (2 if dtype == "BF16" else 4)
+        if shards[-1] and n > room:
+            shards.append({})
+            room = limit
+        shards[-1][name] = shape
+        room -= n
+    if len(shards) == 1:
+        write_safetensors(os.path.join(folder, "model.safetensors"), shapes, make, dtype)
+        return
+    where = {}
+    for i, shard in enumerate(shards, 1):
+        file = f"model-{i:05}-of-{len(shards):05}.safetensors"
+        write_safetensors(os.path.join(folder, file), shard, make, dtype)
+        where.update(dict.fromkeys(shard, file))
+    with open(os.path.join(folder, "model.safetensors.index.json"), "w", encoding="utf-8") as f:
+        json.dump({"metadata": {}, "weight_map": where}, f, indent=1)
+        f.write("\n")
 
 
 def make_model(folder, family="qwen3", hidden=64, ffn=128, layers=2, heads=4, kv_heads=2, head_dim=32, vocab=320, tied=True,
-               dtype="BF16", seed=1, context=512):
+               dtype="BF16", seed=1, context=512, most=None, shard=5 << 30):
     """Returns the folder. Weights have the size that keeps every layer's output near one, so logits are neither flat nor
-    saturated."""
+    saturated. most: a tensor has that many random numbers, which repeat; a prime, so that no two rows are equal. shard: about
+    how many bytes a file may have."""
     os.makedirs(folder, exist_ok=True)
     arch = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}[family]
     if family == "qwen2":
@@ -128,7 +155,8 @@ def make_model(folder, family="qwen3", hidden=64, ffn=128, layers=2, heads=4, kv
     rng = np.random.default_rng(seed)
 
     def make(name, shape):
-        a = rng.standard_normal(int(np.prod(shape)), dtype=np.float32).reshape(shape)
+        n = int(np.prod(shape))
+        a = rng.standard_normal(min(n, most or n), dtype=np.float32)
         if "norm" in name:
             return 1 + 0.1 * a
         if name.endswith("bias"):
@@ -137,7 +165,7 @@ def make_model(folder, family="qwen3", hidden=64, ffn=128, layers=2, heads=4, kv
             return a * (1.5 / np.sqrt(hidden))
         return a / np.sqrt(shape[1])
 
-    write_safetensors(os.path.join(folder, "model.safetensors"), shapes, make, dtype)
+    write_shards(folder, shapes, make, dtype, shard)
     for name, content in (
             ("config.json", config), ("generation_config.json", {"eos_token_id": eos, "bos_token_id": eos}),
             ("tokenizer.json", tokenizer),

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 from daemon import ROOT, find_daemon
+from random_model import make_model
+from tinker_raw import Raw
 
 ROWS = {
     "start": {"exec to ready", "ready to first sample", "small model: exec to ready"},
@@ -49,6 +51,35 @@ def test_script(script, models, tmp_path):
     if any(row["curve"] for row in rows.values()):
         bench("plot", out, tmp_path / "out.svg")
         assert (tmp_path / "out.svg").read_text().count("<polyline") >= 1
+
+
+def test_gpu(models, tmp_path):
+    """The script for a GPU, tried on the CPU."""
+    out = tmp_path / "out.json"
+    bench("gpu", "--backend", "cpu", "--daemon", find_daemon(), "--models", models, "--shape", "tiny,tiny", "--threads", 2,
+          "--peak", 1, "--quick", "--json", out)
+    runs = json.loads(out.read_text())["runs"]
+    for run in runs:
+        rows = {row["what"]: row for row in run["rows"]}
+        assert {"fwd+bwd 2 x 128, rank 32", "decode 1, base", "decode 4, 1 adapter", "decode 4, 4 adapters", "prefill of 2 x 64",
+                "fwd+bwd: model FLOPs of the data sheet's peak", "decode 4, 4 adapters: over base"} <= set(rows)
+        assert all(row["values"]["tinkerbell"] and row["unit"] for row in rows.values())
+        tokens, = rows["fwd+bwd 2 x 128, rank 32"]["values"]["tinkerbell"]
+        work, = (row["work"] for what, row in rows.items() if what.startswith("fwd+bwd 2"))
+        part, = rows["fwd+bwd: model FLOPs of the data sheet's peak"]["values"]["tinkerbell"]
+        assert part == pytest.approx(100 * tokens * work["flops"] / work["tokens"] / 1e12)
+    assert len(runs) == 2 and (tmp_path / "out.md").read_text() + "\n" == bench("table", out)
+
+
+def test_shards(start, tiny, tmp_path):
+    """A model in several files, as the large ones are, is the same model."""
+    parts = make_model(str(tmp_path / "parts"), shard=50000)
+    assert len([name for name in os.listdir(parts) if name.endswith(".safetensors")]) > 3
+    with Raw(start({"one": tiny, "parts": parts}).url) as raw:
+        session = raw.create_session()
+        one, many = (raw.sample(raw.create_sampling_session(session, seq, base_model=name), 1, [3, 1, 4, 1, 5], max_tokens=20,
+                                seed=7)["sequences"] for seq, name in enumerate(("one", "parts")))
+    assert one == many
 
 
 def test_run_names_what_failed(models):
