@@ -40,8 +40,8 @@ struct tb_cuda_queues {
     cudaEvent_t end; /* of what was asked for before a switch */
     enum tb_queue now;
     struct graph_class classes[N_CLASSES];
-    int n_failures; /* in a row */
-    bool told;      /* why one failed */
+    int n_failures; /* of captures, in a row */
+    bool told;      /* why a step cannot be captured */
 };
 
 int tb_cuda_queues_create(struct tb_cuda *c, struct tb_error *err)
@@ -152,18 +152,33 @@ static bool renew(struct tb_cuda *c, struct graph_class *k, void (*fn)(void *arg
     if (graph) (void)cudaGraphDestroy(graph);
     q->n_failures = ok ? 0 : q->n_failures + 1;
     if (q->n_failures == MAX_FAILURES)
-        tb_log(TB_LOG_WARN, "cuda", "device %d: decode steps run without graphs", c->device);
+        tb_log(TB_LOG_WARN, "cuda", "device %d: decode steps run without graphs: %s", c->device,
+               c->not_captured);
     return ok;
 }
 
-/* False: nothing has run. */
-static bool run_graph(struct tb_cuda *c, struct graph_class *k, void (*fn)(void *arg), void *arg)
+static void tell(struct tb_cuda *c, int rows)
 {
-    if (!compare(c, fn, arg)) return false;
-    if (!k->exec || c->print != k->print) {
+    if (!c->queues->told && !c->lost.code)
+        tb_log(TB_LOG_INFO, "cuda", "device %d: a decode step of %d rows has no graph: %s",
+               c->device, rows, c->not_captured);
+    c->queues->told = true;
+}
+
+/* False: nothing has run. */
+static bool run_graph(struct tb_cuda *c, int rows, struct graph_class *k, void (*fn)(void *arg),
+                      void *arg)
+{
+    bool ok = compare(c, fn, arg);
+    if (ok && (!k->exec || c->print != k->print)) {
         bool again = c->print == k->seen;
         k->seen = c->print;
-        if (!again || !renew(c, k, fn, arg)) return false;
+        if (!again) return false;
+        ok = renew(c, k, fn, arg);
+    }
+    if (!ok) {
+        tell(c, rows);
+        return false;
     }
     tb_cuda_ring_send(c);
     tb_cuda_ok(c, cudaGraphLaunch(k->exec, c->stream), "a decode step");
@@ -179,7 +194,7 @@ static void step(struct tb_backend *be, int rows, void (*fn)(void *arg), void *a
     while (i < N_CLASSES && (1 << i) < rows)
         i++;
     if (i == N_CLASSES || q->n_failures == MAX_FAILURES || c->lost.code ||
-        !run_graph(c, &q->classes[i], fn, arg))
+        !run_graph(c, rows, &q->classes[i], fn, arg))
         fn(arg);
 }
 
