@@ -6,7 +6,7 @@
 
 #include "util/mem.h"
 
-#define MAX_SHARES 15 /* beside home's; an op has fewer shards */
+#define MAX_SHARES (TB_MAX_SHARDS - 1) /* home has one shard at least */
 
 struct tb_spread {
     struct tb_lane *home;

@@ -162,6 +162,7 @@ int tb_model_train(struct tb_model *m, const struct tb_train_part *parts, int n,
  *   tb_training_collect(t, s)            here; t is done when that was the last
  *
  * t, its op and its graph outlive the shares. */
+#define TB_MAX_SHARDS 8 /* of an op; bounds the gradients that wait to be collected on a device */
 int tb_training_n_shards(const struct tb_training *t);
 int tb_training_shard_end(const struct tb_training *t, int shard); /* its data end before this */
 void tb_training_compute_to(struct tb_training *t, int shard);     /* only shards before this */

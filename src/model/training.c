@@ -17,9 +17,6 @@
 #include "model/train.h"
 #include "util/mem.h"
 
-/* Of one op, so that what waits to be collected on a device is bounded: as many devices can work on
- * it. */
-#define MAX_SHARDS 8
 /* A gradient comes from another device by pieces of so many bytes. */
 #define COLLECT_BYTES ((size_t)32 << 20)
 
@@ -74,10 +71,10 @@ static void cut_shards(struct tb_training *t)
     uint64_t total = 0, at = 0, size, cut = 0;
     for (int i = 0; i < fb->n_data; i++)
         total += (uint64_t)t->inputs[i].n;
-    size = TB_MAX((uint64_t)t->m->shard_tokens, (total + MAX_SHARDS - 1) / MAX_SHARDS);
-    t->shards = tb_arena_calloc(&t->arena, MAX_SHARDS, sizeof(*t->shards));
+    size = TB_MAX((uint64_t)t->m->shard_tokens, (total + TB_MAX_SHARDS - 1) / TB_MAX_SHARDS);
+    t->shards = tb_arena_calloc(&t->arena, TB_MAX_SHARDS, sizeof(*t->shards));
     for (int i = 0; i < fb->n_data; i++) {
-        if (t->m->shard_tokens && at / size > cut) {
+        if (t->m->shard_tokens && at / size > cut && t->n_shards < TB_MAX_SHARDS - 1) {
             cut = at / size;
             t->shards[t->n_shards++].end = i;
         }
@@ -331,7 +328,7 @@ void tb_training_share(struct tb_training **out, const struct tb_training *of,
     tb_list_init(&t->page.node);
     tb_arena_init(&t->arena);
     t->n_shards = of->n_shards;
-    t->shards = tb_arena_calloc(&t->arena, MAX_SHARDS, sizeof(*t->shards));
+    t->shards = tb_arena_calloc(&t->arena, TB_MAX_SHARDS, sizeof(*t->shards));
     for (int i = 0; i < t->n_shards; i++)
         t->shards[i].end = of->shards[i].end;
     if (t->graph) make_metrics(t);
