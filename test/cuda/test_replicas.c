@@ -315,19 +315,35 @@ static void test_mirrors(void **state)
         assert_memory_equal(again, one[2], sizeof(again));
         assert_int_equal(n_versions(&f), 3);
     }
-    emu_fail_device(2); /* what is there fails, the rest goes on */
-    submit_samples(&f, t);
-    wait_all(&f);
-    for (int i = 0; i < N_SAMPLES; i++)
-        if (drop(t[i])) assert_int_equal(i % 3, 2);
-    submit_samples(&f, t);
-    wait_all(&f);
-    take_samples(t, again);
-    assert_memory_equal(again, one[2], sizeof(again));
     submit_samples(&f, t); /* while they run */
     close_engine(&f);
     for (int i = 0; i < N_SAMPLES; i++)
         assert_int_equal(drop(t[i]), TB_ECANCELED);
+}
+
+/* What is drawn on a mirror whose device is lost fails; what comes after is drawn on the others. */
+static void test_lost_mirror(void **state)
+{
+    emu_only();
+    struct fixture f;
+    struct drawn first[N_SAMPLES], again[N_SAMPLES];
+    struct tb_task *t[N_SAMPLES];
+    open_engine(&f, 3, DRAWN);
+    finish_ok(&f, submit(&f, TB_TASK_ADAPTER_CREATE, 1, 0, NULL));
+    publish(&f, 0);
+    submit_samples(&f, t);
+    wait_all(&f);
+    take_samples(t, first);
+    emu_fail_device(2);
+    submit_samples(&f, t); /* in turn to each device */
+    wait_all(&f);
+    for (int i = 0; i < N_SAMPLES; i++)
+        assert_int_equal(drop(t[i]), i % 3 == 2 ? TB_EDEVICE : 0);
+    submit_samples(&f, t);
+    wait_all(&f);
+    take_samples(t, again);
+    assert_memory_equal(first, again, sizeof(first));
+    close_engine(&f);
     emu_fail_after(0);
 }
 
@@ -351,9 +367,8 @@ int main(void)
     if (emu_devices(3) < 3) return 77; /* skipped */
     model_dir = random_model(&shapes[1], 4, 0.2f);
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_same_bits),
-        cmocka_unit_test(test_lost),
-        cmocka_unit_test(test_mirrors),
+        cmocka_unit_test(test_same_bits), cmocka_unit_test(test_lost),
+        cmocka_unit_test(test_mirrors),   cmocka_unit_test(test_lost_mirror),
         cmocka_unit_test(test_kinds),
     };
     int rc = cmocka_run_group_tests_name("cuda replicas", tests, NULL, NULL);

@@ -90,6 +90,21 @@ def test_sampled_logprobs_are_forward_logprobs(cuda, start):
             assert scored["logprobs"][0][len(PROMPT) - 1:] == s["logprobs"]
 
 
+def test_replicas_compute_the_same(emulated, start):
+    """One model on three GPUs: each tenant's numbers and samples are those of one GPU, to the bit."""
+    emulated(TB_EMU_DEVICES=3)
+    said = []
+    for devices in ("0", "0,1,2"):
+        with Raw(start(args=[*CUDA, "--devices", devices]).url) as raw:
+            session = raw.create_session()
+            models = [raw.create_model(session, "tiny", seq=i, seed=i) for i in range(4)]
+            base = raw.create_sampling_session(session, 0, base_model="tiny")
+            said.append([numbers(train(raw, m)) for m in models])
+            said[-1] += [raw.sample(base, i + 1, PROMPT, n=2, max_tokens=8, seed=i)["sequences"] for i in range(3)]
+    assert said[0] == said[1]
+    assert said[0][0] != said[0][1]
+
+
 def test_a_lost_device(emulated, start):
     """What needs it fails with category server and says why, at once and for good; the server answers and drains."""
     emulated(TB_EMU_FAIL_AFTER=6000)
