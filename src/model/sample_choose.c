@@ -3,8 +3,8 @@
  * (sample_step.h).
  *
  * Sequences that decode advance by a row each; the rows for prompts are shared equally by the
- * tenants that have prompts, so a hundred long ones of one tenant do not hold up a short one of
- * another.
+ * tenants that have prompts, and a tenant's by its sessions, so a hundred long ones of one do not
+ * hold up a short one of another.
  *
  * Running sequences take pages in a fixed order of precedence: older sampling first, prompt before
  * samples, lower sample first. One that decodes may take the pages of one that comes later, which
@@ -32,9 +32,11 @@ struct tb_step_fill { /* a sequence with more to compute than the token it drew 
     int order, n; /* of precedence; rows granted */
 };
 
-struct tb_step_turn { /* a tenant's fills */
+struct tb_step_turn { /* a session's fills */
+    uint64_t tenant, session;
     struct tb_step_fill *next, *end;
-    int n_held; /* pages of its sequences */
+    int order;                 /* of the first */
+    int n_held, n_tenant_held; /* pages of its sequences; of all of its tenant's */
 };
 
 /* ---- pages */
@@ -257,34 +259,50 @@ static void add_fill(struct tb_step *st, struct tb_seq *q)
     st->n_fills++;
 }
 
-static uint64_t tenant_of(const struct tb_seq *q)
-{
-    return q->s->op->share;
-}
-
-/* By tenant; of one tenant those that run first, then the oldest. */
-static int by_tenant(const void *a, const void *b)
+/* By session; of one session those that run first, then the oldest. */
+static int by_session(const void *a, const void *b)
 {
     const struct tb_step_fill *x = a, *y = b;
-    if (tenant_of(x->q) != tenant_of(y->q)) return tenant_of(x->q) < tenant_of(y->q) ? -1 : 1;
+    uint64_t sx = x->q->s->op->share, sy = y->q->s->op->share;
+    if (sx != sy) return sx < sy ? -1 : 1;
     bool wx = x->q->state == TB_SEQ_WAITING, wy = y->q->state == TB_SEQ_WAITING;
     return wx != wy ? wx - wy : x->order - y->order;
 }
 
-static void add_held(struct tb_step *st, struct tb_seq *q)
+static void add_turns(struct tb_step *st)
 {
-    for (int i = 0; i < st->n_turns; i++)
-        if (tenant_of(st->turns[i].next->q) == tenant_of(q)) st->turns[i].n_held += q->n_pages;
+    qsort(st->fills, (size_t)st->n_fills, sizeof(*st->fills), by_session);
+    st->turns = tb_calloc((size_t)st->n_fills, sizeof(*st->turns));
+    for (int i = 0; i < st->n_fills; i++) {
+        struct tb_step_fill *f = &st->fills[i];
+        const struct tb_op *op = f->q->s->op;
+        if (!st->n_turns || st->turns[st->n_turns - 1].session != op->share)
+            st->turns[st->n_turns++] = (struct tb_step_turn){
+                .tenant = op->tenant, .session = op->share, .next = f, .order = f->order};
+        st->turns[st->n_turns - 1].end = f + 1;
+    }
 }
 
-/* Whoever holds the fewest pages comes first, so that tenants get pages in turn. */
+static void add_held(struct tb_step *st, struct tb_seq *q)
+{
+    for (int i = 0; i < st->n_turns; i++) {
+        struct tb_step_turn *t = &st->turns[i];
+        if (t->session == q->s->op->share) t->n_held += q->n_pages;
+        if (t->tenant == q->s->op->tenant) t->n_tenant_held += q->n_pages;
+    }
+}
+
+/* The tenant that holds the fewest pages comes first, and of its sessions the one that does, so
+ * that all get pages in turn. A tenant's turns are next to each other. */
 static int by_held(const void *a, const void *b)
 {
     const struct tb_step_turn *x = a, *y = b;
-    return x->n_held != y->n_held ? x->n_held - y->n_held : x->next->order - y->next->order;
+    if (x->n_tenant_held != y->n_tenant_held) return x->n_tenant_held - y->n_tenant_held;
+    if (x->tenant != y->tenant) return x->tenant < y->tenant ? -1 : 1;
+    return x->n_held != y->n_held ? x->n_held - y->n_held : x->order - y->order;
 }
 
-/* Grants a tenant up to n rows; returns how many it took. */
+/* Grants a session up to n rows; returns how many it took. */
 static int grant(struct tb_step *st, struct tb_step_turn *t, int n, bool *no_room)
 {
     int left = n;
@@ -306,32 +324,57 @@ static int grant(struct tb_step *st, struct tb_step_turn *t, int n, bool *no_roo
     return n - left;
 }
 
-/* Shares the step's prefill rows: every tenant with tokens to compute gets the same part, and what
- * one does not need goes to the others. Of one tenant the oldest comes first. When a sequence has
- * to wait for pages, none that waits overtakes it. */
+/* How many of n turns have rows to compute. */
+static int n_open(const struct tb_step_turn *t, int n)
+{
+    int open = 0;
+    for (int i = 0; i < n; i++)
+        open += t[i].next < t[i].end;
+    return open;
+}
+
+/* The turns of t's tenant, t the first. */
+static int n_of_tenant(const struct tb_step *st, const struct tb_step_turn *t)
+{
+    int n = 1, most = (int)(st->turns + st->n_turns - t);
+    while (n < most && t[n].tenant == t->tenant)
+        n++;
+    return n;
+}
+
+/* Grants a tenant's turns up to n_rows, the same part to each, and what one does not need to the
+ * others; returns how many it took. */
+static int grant_tenant(struct tb_step *st, struct tb_step_turn *t, int n, int n_rows,
+                        bool *no_room)
+{
+    int left = n_rows;
+    for (int took = 1; left > 0 && took > 0; left -= took) {
+        int open = n_open(t, n), part = open ? TB_MAX(left / open, 1) : 0;
+        took = 0;
+        for (int i = 0; i < n && took < left; i++)
+            took += grant(st, &t[i], TB_MIN(part, left - took), no_room);
+    }
+    return n_rows - left;
+}
+
+/* Shares the step's prefill rows: every tenant with tokens to compute gets the same part, and of it
+ * each of its sessions; what one does not need goes to the others. Of one session the oldest comes
+ * first. When a sequence has to wait for pages, none that waits overtakes it. */
 static void share_rows(struct tb_step *st)
 {
     bool no_room = false;
-    qsort(st->fills, (size_t)st->n_fills, sizeof(*st->fills), by_tenant);
-    st->turns = tb_calloc((size_t)st->n_fills, sizeof(*st->turns));
-    for (int i = 0; i < st->n_fills; i++) {
-        struct tb_step_turn *last = st->n_turns ? &st->turns[st->n_turns - 1] : NULL;
-        if (!last || tenant_of(last->next->q) != tenant_of(st->fills[i].q)) {
-            last = &st->turns[st->n_turns++];
-            last->next = &st->fills[i];
-        }
-        last->end = &st->fills[i + 1];
-    }
+    add_turns(st);
     for_each_open(st, add_held);
     qsort(st->turns, (size_t)st->n_turns, sizeof(*st->turns), by_held);
+    struct tb_step_turn *t, *end = st->turns + st->n_turns;
     for (int left = TB_MIN(st->budget, st->rows - st->T), took = 1; left > 0 && took > 0;) {
-        int n_open = 0;
-        for (int i = 0; i < st->n_turns; i++)
-            n_open += st->turns[i].next < st->turns[i].end;
-        int part = n_open ? TB_MAX(left / n_open, 1) : 0;
+        int open = 0;
+        for (t = st->turns; t < end; t += n_of_tenant(st, t))
+            open += n_open(t, n_of_tenant(st, t)) > 0;
+        int part = open ? TB_MAX(left / open, 1) : 0;
         took = 0;
-        for (int i = 0; i < st->n_turns && took < left; i++)
-            took += grant(st, &st->turns[i], TB_MIN(part, left - took), &no_room);
+        for (t = st->turns; t < end && took < left; t += n_of_tenant(st, t))
+            took += grant_tenant(st, t, n_of_tenant(st, t), TB_MIN(part, left - took), &no_room);
         left -= took;
     }
 }

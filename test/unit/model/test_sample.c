@@ -818,6 +818,44 @@ static void test_fair_prefill(void **state)
     tb_model_free(big);
 }
 
+/* A step's rows for prompts, and pages, go to tenants in equal parts, however many sessions each
+ * has; and of a tenant to its sessions. */
+static void test_fair_tenants(void **state)
+{
+    (void)state;
+    enum { N = 13, BUDGET = 24, LENGTH = 120 };
+    struct tb_model *m = open_model(backend_f32(), &shapes[0], NULL);
+    struct tb_op *ops[N];
+    struct tb_sampling *s[N];
+    struct tb_error err;
+    int rows;
+    for (int i = 0; i < N; i++) { /* tenant 1: ten sessions; tenant 2: one with two, and one */
+        int32_t prompt[LENGTH];
+        random_tokens(prompt, LENGTH, shapes[0].vocab, (uint64_t)i);
+        ops[i] = op_sample(prompt, LENGTH, 4, 1);
+        ops[i]->share = i == 11 ? 10 : (uint64_t)i;
+        ops[i]->tenant = i < 10 ? 1 : 2;
+        assert_int_equal(tb_sampling_create(&s[i], m, NULL, ops[i]), 0);
+    }
+    for (int step = 0; step < 10; step++)
+        assert_int_equal(tb_model_sample_step(m, s, N, BUDGET, &rows, &err), 0);
+    int done[N], first = 0;
+    for (int i = 0; i < N; i++)
+        done[i] = s[i]->root.n_kv;
+    for (int i = 0; i < 10; i++)
+        first += done[i];
+    assert_int_equal(first, 10 * BUDGET / 2);
+    assert_int_equal(done[10] + done[11] + done[12], 10 * BUDGET / 2);
+    assert_int_equal(done[10], 10 * BUDGET / 4); /* the older of its session */
+    assert_int_equal(done[11], 0);
+    assert_int_equal(done[12], 10 * BUDGET / 4);
+    for (int i = 0; i < N; i++) {
+        tb_sampling_destroy(s[i]);
+        tb_op_destroy(ops[i]);
+    }
+    tb_model_free(m);
+}
+
 static struct tb_op *give_up_op(int i)
 {
     int32_t prompt[80];
@@ -900,6 +938,7 @@ int main(void)
         cmocka_unit_test(test_edits_in_company),
         cmocka_unit_test(test_progress),
         cmocka_unit_test(test_fair_prefill),
+        cmocka_unit_test(test_fair_tenants),
         cmocka_unit_test(test_give_up),
     };
     return cmocka_run_group_tests_name("model sampling", tests, NULL, teardown);
