@@ -32,6 +32,8 @@ struct head {
     struct tb_lora_span *spans;
     struct stretch { /* gathered rows: src in the block, dst in the gathered arrays */
         int src, dst, n;
+        const struct tb_datum_run *run;
+        int at;    /* position of the datum */
     } * stretches; /* [head_rows] */
 };
 
@@ -70,14 +72,21 @@ void tb_head_logits(struct tb_pass *p, int row, int n)
     if (k) ops->lora_up(m->be, p->spans, k, p->u_head, p->ru, p->logits, V, V);
 }
 
-static void piece_logprobs(struct head *h, const struct piece *c)
+/* The block's, a datum's pieces at once. */
+static void block_logprobs(struct head *h)
 {
     struct tb_model *m = h->p->m;
-    const struct tb_loss_inputs *in = c->run->in;
-    size_t V = (size_t)m->cfg.vocab, at = (size_t)c->i0 * (size_t)in->k;
-    int row = c->run->row + c->i0 - h->row; /* in the block */
-    m->be->ops->logprobs(m->be, h->p->logits + (size_t)row * V, c->n, (int)V, (int)V,
-                         in->targets + at, in->k, h->lse + row, c->run->lp + at);
+    size_t V = (size_t)m->cfg.vocab;
+    for (int i = 0, n; i < h->n_pieces; i += n) {
+        const struct piece *c = &h->pieces[i];
+        const struct tb_loss_inputs *in = c->run->in;
+        size_t at = (size_t)c->i0 * (size_t)in->k;
+        int row = c->run->row + c->i0 - h->row /* in the block */, rows = c->n;
+        for (n = 1; i + n < h->n_pieces && c[n].run == c->run; n++)
+            rows += c[n].n;
+        m->be->ops->logprobs(m->be, h->p->logits + (size_t)row * V, rows, (int)V, (int)V,
+                             in->targets + at, in->k, h->lse + row, c->run->lp + at);
+    }
 }
 
 /* A custom loss of one whole datum, with its metrics. */
@@ -137,6 +146,16 @@ static bool row_is_zero(const float *g, int k)
     return true;
 }
 
+/* Neighbouring rows of a datum are one stretch. */
+static void add_stretch(struct head *h, int *n, struct stretch s)
+{
+    struct stretch *last = *n ? &h->stretches[*n - 1] : NULL;
+    if (last && last->run == s.run && last->src + last->n == s.src)
+        last->n += s.n;
+    else
+        h->stretches[(*n)++] = s;
+}
+
 /* dlogits of the rows that count into p->dl, gathered; returns how many rows. */
 static int gather_dlogits(struct head *h, int *n_stretches, int *n_rows)
 {
@@ -150,25 +169,28 @@ static int gather_dlogits(struct head *h, int *n_stretches, int *n_rows)
         const struct tb_loss_inputs *in = q->run->in;
         int start = c, base = q->run->row - h->row;
         for (int a = q->i0; a < q->i0 + q->n;) {
-            const float *g = q->run->g + (size_t)a * (size_t)in->k;
-            if (row_is_zero(g, in->k)) {
+            if (row_is_zero(q->run->g + (size_t)a * (size_t)in->k, in->k)) {
                 a++;
                 continue;
             }
             int b = a + 1;
             while (b < q->i0 + q->n && !row_is_zero(q->run->g + (size_t)b * (size_t)in->k, in->k))
                 b++;
-            int src = base + a;
-            m->be->ops->dlogits(m->be, p->logits + (size_t)src * V, b - a, (int)V, (int)V,
-                                h->lse + src, in->targets + (size_t)a * (size_t)in->k, g, in->k,
-                                act_row(p, p->dl, c, (int)V));
-            h->stretches[(*n_stretches)++] = (struct stretch){src, c, b - a};
+            add_stretch(h, n_stretches, (struct stretch){base + a, c, b - a, q->run, a});
             c += b - a;
             a = b;
         }
         if (c > start)
             h->rows[(*n_rows)++] =
                 (struct tb_lora_rows){start, c - start, q->run->op->ver, q->run->op->scratch};
+    }
+    for (int i = 0; i < *n_stretches; i++) {
+        const struct stretch *s = &h->stretches[i];
+        const struct tb_loss_inputs *in = s->run->in;
+        size_t at = (size_t)s->at * (size_t)in->k;
+        m->be->ops->dlogits(m->be, p->logits + (size_t)s->src * V, s->n, (int)V, (int)V,
+                            h->lse + s->src, in->targets + at, s->run->g + at, in->k,
+                            act_row(p, p->dl, s->dst, (int)V));
     }
     return c;
 }
@@ -213,9 +235,9 @@ static void run_block(struct head *h, float *no_g)
 {
     if (h->n_pieces == 0) return;
     tb_head_logits(h->p, h->row, h->n);
+    block_logprobs(h);
     for (int i = 0; i < h->n_pieces; i++) {
         struct piece *c = &h->pieces[i];
-        piece_logprobs(h, c);
         if (!c->run->op->loss->whole)
             eval_loss(c->run, c->i0, c->i0 + c->n, h->backward ? c->run->g : no_g);
     }
