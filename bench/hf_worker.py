@@ -1,7 +1,7 @@
 """Hugging Face transformers + PEFT doing the work of the benchmarks, one command a line on stdin; run by lib.py.
 
     hf_worker.py cpu|cuda THREADS DIR RANK [MEMORY]        rank 0: the base model alone; MEMORY: the part of a GPU's it may use
-    train N LEN | prefill LEN [N] | decode N STEPS | adapter 0|1 | logprobs TOKEN... | memory
+    train N LEN | fitted | prefill LEN [N] | decode N STEPS | adapter 0|1 | logprobs TOKEN... | memory
     answers: one JSON object a line, the first when ready
 """
 
@@ -37,24 +37,32 @@ def main():
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    at_once = {}  # by length: the most sequences that have fitted
+    fits = {"sequences": sys.maxsize, "checkpointing": False}
 
     def train(n, length):
-        """Gradients of n sequences add up, as many at once as fit: half as many after each lack of memory."""
+        """Gradients of n sequences add up, as many at once as fit: half as many after each lack of memory, and where one does
+        not fit, layers are computed again in the backward pass."""
         ids = torch.randint(0, vocab, (n, length + 1), device=device)
         while True:
-            few, logits = at_once.setdefault(length, n), None
+            fits["sequences"], logits = min(n, fits["sequences"]), None
+            model.train(fits["checkpointing"])
             start = now()
             try:
-                for part in ids.split(few):
-                    logits = model(input_ids=part[:, :-1]).logits
+                for part in ids.split(fits["sequences"]):
+                    logits = model(input_ids=part[:, :-1], use_cache=False).logits
                     torch.nn.functional.cross_entropy(logits.reshape(-1, vocab).float(), part[:, 1:].reshape(-1),
                                                       reduction="sum").backward()
-                return {"seconds": now() - start, "at once": few}
+                model.eval()
+                return {"seconds": now() - start}
             except torch.cuda.OutOfMemoryError:
-                if few == 1:
+                if fits["sequences"] > 1:
+                    fits["sequences"] //= 2
+                elif not fits["checkpointing"]:
+                    fits.update(sequences=n, checkpointing=True)
+                    model.gradient_checkpointing_enable()
+                    model.enable_input_require_grads()
+                else:
                     raise
-                at_once[length] = few // 2
             logits = None
             torch.cuda.empty_cache()
 
@@ -91,7 +99,8 @@ def main():
 
     print(json.dumps({"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__,
                       **memory()}), flush=True)
-    serve({"train": train, "prefill": prefill, "decode": decode, "adapter": adapter, "logprobs": logprobs, "memory": memory})
+    serve({"train": train, "fitted": lambda: fits, "prefill": prefill, "decode": decode, "adapter": adapter, "logprobs": logprobs,
+           "memory": memory})
 
 
 if __name__ == "__main__":
