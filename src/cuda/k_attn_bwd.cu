@@ -87,10 +87,9 @@ __global__ static void k_record(struct bwd<act> a, const struct tile *tiles, int
             if (sizeof(act) == sizeof(bf16)) store_act((bf16 *)(void *)record + d, x);
         }
         delta = warp_sum(delta);
-        if (lane == 0) {
-            record[record_stats(a.hd)] = delta;
-            record[record_stats(a.hd) + 1] = a.lse[row];
-        }
+        int at_stats = record_stats(a.hd) + lane; /* the other two are copied with them */
+        if (lane < 4 && at_stats < a.hd)
+            record[at_stats] = lane == 0 ? delta : lane == 1 ? a.lse[row] : 0;
     }
 }
 
