@@ -425,6 +425,61 @@ static void test_never_fits(void **state)
     close_pair(&p);
 }
 
+static void train_others(struct pair *p, int but)
+{
+    for (int i = 0; i < N_ADAPTERS; i++)
+        if (i != but) train(p, &i, 1, 3, true);
+}
+
+/* Weights that are lent stay in memory until they are back, and are the same where they went. */
+static void test_loans(void **state)
+{
+    (void)state;
+    enum { LENT = 3 };
+    struct pair p;
+    struct tb_loan loan;
+    struct tb_error err;
+    struct tb_adapter_version *v, *borrowed = NULL;
+    open_pair(&p, "f32", 2);
+    publish(&p, LENT);
+    v = p.v[1][LENT];
+    train_others(&p, LENT);
+    assert_null(v->act); /* it is in a file */
+    CHECK_OK(tb_version_lend(v, &loan, &check_err));
+    tb_version_unref(v); /* freed meanwhile */
+    p.v[1][LENT] = NULL;
+    train_others(&p, LENT);
+    assert_non_null(v->act);
+
+    struct tb_model *to = p.m[0];
+    size_t used = to->be->mem_used;
+    int n = to->usage.n_versions;
+    fail_device_alloc(to->be, 1);
+    assert_int_equal(tb_version_borrow(&borrowed, to, &loan, &err), TB_ENOMEM);
+    fail_device_alloc(to->be, 0);
+    assert_null(borrowed);
+    assert_true(to->be->mem_used == used && to->usage.n_versions == n);
+    CHECK_OK(tb_version_borrow(&borrowed, to, &loan, &check_err));
+    tb_loan_return(&loan);
+    train_others(&p, LENT);
+    assert_null(v->act);
+
+    struct tb_op *ops[2];
+    struct tb_adapter_version *versions[] = {p.v[0][LENT], borrowed};
+    int32_t prompt[20];
+    random_tokens(prompt, 20, SHAPE->vocab, 1);
+    for (int k = 0; k < 2; k++) {
+        ops[k] = op_sample(prompt, 20, 9, 5);
+        ops[k]->u.sample.prompt_logprobs = true;
+    }
+    run_samples(to, versions, ops, 2, 33);
+    same_samples(ops[0], ops[1], 20);
+    for (int k = 0; k < 2; k++)
+        tb_op_destroy(ops[k]);
+    tb_version_unref(borrowed);
+    close_pair(&p);
+}
+
 /* What a crash left is swept; a folder that cannot be is told. */
 static void test_folder(void **state)
 {
@@ -463,7 +518,7 @@ int main(void)
         cmocka_unit_test(test_f32),         cmocka_unit_test(test_bf16),
         cmocka_unit_test(test_shards),      cmocka_unit_test(test_cannot_write),
         cmocka_unit_test(test_cannot_read), cmocka_unit_test(test_never_fits),
-        cmocka_unit_test(test_folder),
+        cmocka_unit_test(test_loans),       cmocka_unit_test(test_folder),
     };
     return cmocka_run_group_tests_name("paging", tests, NULL, teardown);
 }
