@@ -33,7 +33,7 @@ static inline int repeats(int n)
 #endif
 }
 
-/* Of many cases a test takes every n-th under the emulation. */
+/* Of many cases a test takes one in n under the emulation. */
 static inline int sparse(int n)
 {
 #ifdef TB_CUDA_EMU

@@ -366,9 +366,9 @@ static void many(struct tb_backend *be, const struct shape *s, int n_requests, i
 static void test_random(void **state)
 {
     (void)state;
-    many(backend_f32(), &shapes[0], 200, 24, false);
-    many(backend_f32(), &shapes[1], 100, 12, true);
-    if (backend_bf16()) many(backend_bf16(), &shapes[0], 200, 16, false);
+    many(backend_f32(), &shapes[0], 200 / sparse(2), 24, false);
+    many(backend_f32(), &shapes[1], 100 / sparse(2), 12, true);
+    if (backend_bf16()) many(backend_bf16(), &shapes[0], 200 / sparse(2), 16, false);
 }
 
 /* A pool that one prompt fills: the next one takes all pages from what was kept, none waits. */
