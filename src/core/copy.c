@@ -17,7 +17,6 @@ int64_t tb_core_lora_width(const struct tb_model_info *m)
 
 size_t tb_copy_bytes(const struct tb_core *c, int engine_model, int32_t rank, bool with_optimizer)
 {
-    if (engine_model < 0) return 0; /* it will be refused */
     int64_t n = tb_core_lora_width(tb_engine_model_info(c->engine, engine_model)) * rank;
     return (size_t)n * sizeof(float) * (with_optimizer ? 3 : 1);
 }

@@ -72,12 +72,10 @@ static void go_on(struct tb_core_copy *y)
     tb_model_pump(TB_CONTAINER_OF(y, struct tb_future, copy)->model);
 }
 
-/* Room for the adapter's copy; false: the queue goes on when there is. */
+/* Room for the copy that f saves; false: the queue goes on when there is. */
 static bool copy_fits(struct tb_core_model *m, struct tb_future *f)
 {
-    const struct tb_op *op = f->op;
-    bool load = op->type == TB_OP_LOAD_WEIGHTS;
-    bool optimizer = load ? op->u.load_weights.optimizer : op->type == TB_OP_SAVE_WEIGHTS;
+    bool optimizer = f->op->type == TB_OP_SAVE_WEIGHTS;
     size_t bytes = tb_copy_bytes(m->core, m->engine_model, m->lora.rank, optimizer);
     return tb_copy_begin(m->core, &f->copy, bytes, go_on);
 }
@@ -107,7 +105,6 @@ static bool start_head(struct tb_core_model *m, struct tb_future *f, uint64_t lo
         return true;
     default: /* load, unload */
         if (m->running) return false;
-        if (f->op->type == TB_OP_LOAD_WEIGHTS && !copy_fits(m, f)) return false;
         m->barrier = f;
         start(f);
         if (f->op->type == TB_OP_LOAD_WEIGHTS)

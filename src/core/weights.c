@@ -3,8 +3,7 @@
  *
  *   save      EXPORT → tb_store_write_ckpt → done
  *   publish   PUBLISH → a sampling session on that version (nothing on disk)
- *   load      tb_store_read_ckpt → ADAPTER_LOAD → done
- *   new       tb_store_get_ckpt → room for a copy → as a load
+ *   load      tb_store_get_ckpt → room for a copy → tb_store_read_ckpt → ADAPTER_LOAD → done
  *   unload    ADAPTER_FREE → the model is gone
  *
  * Thread: the loop's.
@@ -191,6 +190,25 @@ static int check_load(const struct tb_op *op, struct tb_error *e)
     return 0;
 }
 
+static void start_read(struct tb_future *f, tb_store_state_cb cb)
+{
+    const struct tb_load_weights *p = &f->op->u.load_weights;
+    f->core->n_async++;
+    tb_store_read_ckpt(f->core->store, reader_of(f), p->path, p->optimizer, cb, f);
+}
+
+/* Calls go when there is room for a copy of what row describes. */
+static void read_in_turn(struct tb_future *f, const struct tb_ckpt_row *row,
+                         void (*go)(struct tb_core_copy *y))
+{
+    struct tb_core *c = f->core;
+    int model = tb_engine_model_find(c->engine, row->base_model);
+    size_t bytes = (size_t)row->size_bytes; /* of a base that is not served: it will be refused */
+    if (model >= 0)
+        bytes = tb_copy_bytes(c, model, row->lora.rank, f->op->u.load_weights.optimizer);
+    if (tb_copy_begin(c, &f->copy, bytes, go)) go(&f->copy);
+}
+
 static void loaded(struct tb_future *f, struct tb_task *t)
 {
     const struct tb_error *e = tb_task_error(t);
@@ -232,6 +250,23 @@ static void read_for_load(void *arg, const struct tb_error *err, const struct tb
     tb_core_leave(c);
 }
 
+static void read_load(struct tb_core_copy *y)
+{
+    start_read(TB_CONTAINER_OF(y, struct tb_future, copy), read_for_load);
+}
+
+static void row_for_load(void *arg, const struct tb_error *err, const struct tb_ckpt_row *row)
+{
+    struct tb_future *f = arg;
+    struct tb_core *c = f->core;
+    c->n_async--;
+    if (err->code)
+        fail(f, err);
+    else
+        read_in_turn(f, row, read_load);
+    tb_core_leave(c);
+}
+
 void tb_weights_load(struct tb_future *f)
 {
     struct tb_error e = {0};
@@ -241,7 +276,7 @@ void tb_weights_load(struct tb_future *f)
         return;
     }
     f->core->n_async++;
-    tb_store_read_ckpt(f->core->store, reader_of(f), p->path, p->optimizer, read_for_load, f);
+    tb_store_get_ckpt(f->core->store, reader_of(f), p->path, row_for_load, f);
 }
 
 static void new_loaded(struct tb_future *f, struct tb_task *t)
@@ -288,10 +323,7 @@ static void read_for_new(void *arg, const struct tb_error *err, const struct tb_
 
 static void read_new(struct tb_core_copy *y)
 {
-    struct tb_future *f = TB_CONTAINER_OF(y, struct tb_future, copy);
-    const struct tb_load_weights *p = &f->op->u.load_weights;
-    f->core->n_async++;
-    tb_store_read_ckpt(f->core->store, reader_of(f), p->path, p->optimizer, read_for_new, f);
+    start_read(TB_CONTAINER_OF(y, struct tb_future, copy), read_for_new);
 }
 
 static void row_for_new(void *arg, const struct tb_error *err, const struct tb_ckpt_row *row)
@@ -299,13 +331,10 @@ static void row_for_new(void *arg, const struct tb_error *err, const struct tb_c
     struct tb_future *f = arg;
     struct tb_core *c = f->core;
     c->n_async--;
-    if (err->code) {
+    if (err->code)
         tb_model_created(f, err);
-    } else {
-        int model = tb_engine_model_find(c->engine, row->base_model);
-        size_t bytes = tb_copy_bytes(c, model, row->lora.rank, f->op->u.load_weights.optimizer);
-        if (tb_copy_begin(c, &f->copy, bytes, read_new)) read_new(&f->copy);
-    }
+    else
+        read_in_turn(f, row, read_new);
     tb_core_leave(c);
 }
 

@@ -464,13 +464,15 @@ static void test_copies_wait(void **state)
                     (double)fake_next_param(fake_next_param(0, i + 1), 0));
     }
     assert_int_equal(stats(e).copy_bytes, 0);
-    /* Loads count too: one with its moments, four without; the fifth of these waits. */
+    /* Loads count too: one with its moments and four without are more than fit; any four do. */
     char loaded[N][400];
     for (int i = 0; i < N; i++) {
         snprintf(path, sizeof(path), "tinker://%s/weights/c", id[i]);
         must_submit(e, op_load(id[i], 5, path, i == 0), loaded[i]);
     }
-    assert_int_equal(stats(e).copy_bytes, 6 * COPY);
+    while (fake_waiting_of(e->engine, TB_TASK_ADAPTER_LOAD) < 4)
+        uv_run(&e->loop, UV_RUN_ONCE);
+    assert_in_range(stats(e).copy_bytes, 4 * COPY, 6 * COPY);
     settle(e);
     for (int i = 0; i < N; i++)
         assert_int_equal(result(e, loaded[i]).state, TB_FUTURE_DONE);
