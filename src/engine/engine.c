@@ -95,6 +95,17 @@ static int check_kinds(const struct device *devices, int n, int stride,
     return 0;
 }
 
+/* Nor what fits: a replica gets the memory that the least of them has. */
+static void level_memory(const struct device *devices, int n, int stride)
+{
+    for (int i = n - 1; i >= stride; i--) {
+        struct tb_backend *a = devices[i - stride].be, *b = devices[i].be;
+        a->mem_limit = TB_MIN(a->mem_limit, b->mem_limit);
+    }
+    for (int i = stride; i < n; i++)
+        devices[i].be->mem_limit = devices[i - stride].be->mem_limit;
+}
+
 static int load_model(struct tb_model **out, const struct device *d, int n_beside,
                       const struct tb_engine_model *m, const struct tb_engine_options *o,
                       struct tb_error *err)
@@ -220,6 +231,7 @@ int tb_engine_create(struct tb_engine **out, uv_loop_t *loop, const struct tb_en
         rc = open_backend(e, &devices[i], i, o, err);
     }
     if (!rc) rc = check_kinds(devices, n, r->stride, o, err);
+    if (!rc) level_memory(devices, n, r->stride);
     for (int i = 0; i < n && !rc; i++)
         rc = load_models(&devices[i], i, r->stride, o, err);
     for (int i = 0; i < n && !rc; i++) {

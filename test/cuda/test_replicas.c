@@ -26,6 +26,7 @@ enum { N_TENANTS = 5, PROMPT = 6, DRAWN = 9 };
 struct fixture {
     uv_loop_t loop;
     struct tb_engine *engine;
+    uint64_t memory;
     int open;
     bool closed;
 };
@@ -41,7 +42,7 @@ static int create(struct fixture *f, int n_devices, uint64_t mirror_tokens, stru
                                   .backend = "cuda",
                                   .dtype = "f32",
                                   .n_threads = 1,
-                                  .memory = (uint64_t)256 << 20,
+                                  .memory = f->memory,
                                   .mirror_tokens = mirror_tokens,
                                   .devices = device_numbers,
                                   .n_devices = n_devices};
@@ -52,7 +53,7 @@ static int create(struct fixture *f, int n_devices, uint64_t mirror_tokens, stru
 static void open_engine(struct fixture *f, int n_devices, uint64_t mirror_tokens)
 {
     struct tb_error err = {0};
-    *f = (struct fixture){0};
+    *f = (struct fixture){.memory = (uint64_t)256 << 20};
     if (create(f, n_devices, mirror_tokens, &err)) fail_msg("%s", err.msg);
 }
 
@@ -350,7 +351,7 @@ static void test_lost_mirror(void **state)
 static void test_kinds(void **state)
 {
     emu_only();
-    struct fixture f = {0};
+    struct fixture f = {.memory = (uint64_t)256 << 20};
     struct tb_error err = {0};
     setenv("TB_EMU_NAMES", "GPU A,GPU A,GPU B", 1);
     assert_int_equal(create(&f, 3, 0, &err), TB_EINVAL);
@@ -362,6 +363,21 @@ static void test_kinds(void **state)
     unsetenv("TB_EMU_NAMES");
 }
 
+/* Two devices of the emulation, of which the second has what the first has left. */
+static void test_memory(void **state)
+{
+    emu_only();
+    struct fixture f = {0};
+    struct tb_engine_stats s;
+    uint64_t all = (uint64_t)3 << 30, least = (all - all / 10 * 9) / 10 * 9;
+    setenv("TB_EMU_MEMORY", "3221225472", 1);
+    CHECK_OK(create(&f, 2, 0, &check_err));
+    tb_engine_stats(f.engine, &s);
+    assert_in_range(s.memory.limit, 2 * least - 1024, 2 * least + 1024);
+    close_engine(&f);
+    unsetenv("TB_EMU_MEMORY");
+}
+
 int main(void)
 {
     if (emu_devices(3) < 3) return 77; /* skipped */
@@ -369,7 +385,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_same_bits), cmocka_unit_test(test_lost),
         cmocka_unit_test(test_mirrors),   cmocka_unit_test(test_lost_mirror),
-        cmocka_unit_test(test_kinds),
+        cmocka_unit_test(test_kinds),     cmocka_unit_test(test_memory),
     };
     int rc = cmocka_run_group_tests_name("cuda replicas", tests, NULL, NULL);
     remove_dir(model_dir);
