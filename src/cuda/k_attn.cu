@@ -290,13 +290,38 @@ __device__ static inline void load_queries(const call &a, const task &t, int h,
     }
 }
 
+/* TB_KV_PAGE rows ld apart, the first n of them, then zeros. A warp that is alone has much to copy:
+ * where rows share its threads evenly each keeps its columns and counts on. */
+template <class T>
+__device__ static inline void load_rows(typename T::act *to, const typename T::act *from, size_t ld,
+                                        int n, int hd, bool vec)
+{
+    const int per = 16 / sizeof(typename T::act), chunks = (T::LD - per) / per,
+              threads = T::N_WARPS * TB_WARP, step = threads / chunks;
+    int r = (int)threadIdx.x / chunks, d = (int)threadIdx.x % chunks * per;
+    if (vec && T::N_WARPS == 1 && threads % chunks == 0) {
+        to += r * T::LD + d;
+        from += r * ld + d;
+        if (d >= hd) n = 0;
+#pragma unroll
+        for (int i = 0; i < TB_KV_PAGE; i += step, from += step * ld)
+            copy16_async(to + i * T::LD, from, r + i >= n);
+        return;
+    }
+#pragma unroll 1
+    for (int i = (int)threadIdx.x; i < TB_KV_PAGE * chunks; i += threads) {
+        r = i / chunks;
+        d = i % chunks * per;
+        copy16(to + r * T::LD + d, from + r * ld + d, r < n ? hd - d : 0, vec);
+    }
+}
+
 /* Keys (or values) [key, key + KEYS); zeros from key1. */
 template <class T>
 __device__ static inline void load_keys(const call &a, const task &t, int h, bool value, int key,
                                         typename T::act *to)
 {
     typedef typename T::act act;
-    const int per = 16 / sizeof(act), chunks = (T::LD - per) / per;
 #pragma unroll 1
     for (int p = 0; p < T::KEYS / TB_KV_PAGE; p++, key += TB_KV_PAGE, to += TB_KV_PAGE * T::LD) {
         int n = t.key1 - key;
@@ -308,11 +333,7 @@ __device__ static inline void load_keys(const call &a, const task &t, int h, boo
         } else if (n > 0) {
             from += page_at(a.nk, a.hd, a.pages[t.pages + key / TB_KV_PAGE], value, h);
         }
-#pragma unroll 1
-        for (int i = (int)threadIdx.x; i < TB_KV_PAGE * chunks; i += (int)blockDim.x) {
-            int r = i / chunks, d = i % chunks * per;
-            copy16(to + r * T::LD + d, from + r * ld + d, r < n ? a.hd - d : 0, a.vec);
-        }
+        load_rows<T>(to, from, ld, n, a.hd, a.vec);
     }
 }
 
