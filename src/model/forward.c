@@ -87,7 +87,7 @@ static size_t carve_all(struct tb_pass *p, char *base, bool backward)
         carve_saved(&c, p, &p->saved[l]);
     p->xn = take(&c, T, d, e);
     p->rstd_final = take(&c, T, 1, 4);
-    p->logits = take(&c, R, V, 4);
+    p->logits = take(&c, R + (p->kind == TB_PASS_INFER), V, 4);
     p->u_head = take(&c, R, ru, e);
     p->a = take(&c, T, (size_t)f->ffn, e); /* a and h are made again in the backward pass */
     p->h = take(&c, T, d, e);

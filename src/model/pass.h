@@ -53,7 +53,7 @@ struct tb_pass {
     /* head */
     void *xn;          /* act [T, hidden]: final norm's output */
     float *rstd_final; /* [T] */
-    float *logits;     /* [head_rows, vocab] */
+    float *logits;     /* [head_rows, vocab]; INFER: a row more, sampling changes copies of rows */
     void *u_head;      /* act [head_rows, ru] */
     /* backward */
     float *dx, *dh;      /* [T, hidden] */

@@ -83,44 +83,69 @@ static bool make_allow(struct tb_step *st, const struct tb_seq *q)
     return any;
 }
 
-/* Draws q's next token from a changed copy of its row; nothing when the op has failed. */
-static void draw_edited(struct tb_step *st, const struct tb_seq *q, const float *logits,
-                        const struct tb_draw *d, int32_t *token)
+/* A copy of q's row, changed for its next draw; false when the op has failed. */
+static bool make_edited(struct tb_step *st, const struct tb_seq *q, const float *logits,
+                        float *copy)
 {
     const struct tb_backend_ops *ops = st->m->be->ops;
     int V = st->m->cfg.vocab;
     bool filter = q->s->req->filter != NULL;
-    if (filter && !make_allow(st, q)) return;
+    if (filter && !make_allow(st, q)) return false;
     int n = make_edits(st, q);
-    ops->copy(st->m->be, st->edit_row, logits, (size_t)V * sizeof(*logits));
-    ops->edit_logits(st->m->be, st->edit_row, V, st->edits, n, filter ? st->allow : NULL);
-    ops->draw(st->m->be, st->edit_row, 1, V, V, d, token);
+    ops->copy(st->m->be, copy, logits, (size_t)V * sizeof(*logits));
+    ops->edit_logits(st->m->be, copy, V, st->edits, n, filter ? st->allow : NULL);
+    return true;
 }
 
-/* The k best of one row, padded where the vocabulary is smaller. */
-static void topk_row(struct tb_step *st, const float *logits, const float *lse, int k, int32_t *ids,
-                     float *lps)
+static const float *top_lps(const struct tb_step *st, int row)
 {
-    int V = st->m->cfg.vocab, n = TB_MIN(k, V);
-    st->m->be->ops->topk(st->m->be, logits, 1, V, V, lse, n, ids, lps);
-    for (int i = n; i < k; i++) {
-        ids[i] = 0;
-        lps[i] = -99999.0f;
-    }
+    return st->top_lps + (size_t)row * (size_t)st->top;
 }
 
-static void accept(struct tb_step *st, struct tb_seq *q, int32_t token, float lp,
-                   const float *logits, const float *lse)
+/* Row `row` of the block has drawn. */
+static void accept(struct tb_step *st, struct tb_seq *q, int32_t token, float lp, int row)
 {
     int k = q->s->req->topk_sample_logprobs;
-    if (k) topk_row(st, logits, lse, k, st->k_ids, st->k_lps);
+    for (int i = 0; i < k; i++) { /* padded where the vocabulary is smaller */
+        bool there = i < st->top;
+        st->k_ids[i] = there ? st->top_ids[(size_t)row * (size_t)st->top + (size_t)i] : 0;
+        st->k_lps[i] = there ? top_lps(st, row)[i] : TB_NO_LOGPROB;
+    }
     if (st->m->be->lost) return; /* these are no results */
     tb_seq_accept(q, token, lp, st->k_ids, st->k_lps);
 }
 
+/* The best of rows [i0, i1) of the block, which all draw. */
+static void take_tops(struct tb_step *st, const float *logits, int i0, int i1)
+{
+    size_t V = (size_t)st->m->cfg.vocab, at = (size_t)i0 * (size_t)st->top;
+    if (i1 > i0)
+        st->m->be->ops->topk(st->m->be, logits + (size_t)i0 * V, i1 - i0, (int)V, (int)V,
+                             st->lse + i0, st->top, st->top_ids + at, st->top_lps + at);
+}
+
+/* The best of a prompt's rows [i0, i1) of the block, which follow each other, into its result. */
+static void score_tops(struct tb_step *st, const struct tb_step_row *first, const float *logits,
+                       int i0, int i1)
+{
+    const struct tb_sampling *s = first->q->s;
+    struct tb_result *out = &s->op->result;
+    size_t V = (size_t)st->m->cfg.vocab, k = (size_t)s->req->topk_prompt_logprobs;
+    size_t n = TB_MIN(k, V), at = ((size_t)first->pos + 1) * k;
+    int rows = n == k ? i1 - i0 : 1; /* at once: results have no gaps then */
+    for (int i = i0; i < i1; i += rows, at += k) {
+        st->m->be->ops->topk(st->m->be, logits + (size_t)i * V, rows, (int)V, (int)V, st->lse + i,
+                             (int)n, out->topk_prompt_ids + at, out->topk_prompt_logprobs + at);
+        for (size_t j = n; j < k; j++) {
+            out->topk_prompt_ids[at + j] = 0;
+            out->topk_prompt_logprobs[at + j] = TB_NO_LOGPROB;
+        }
+    }
+}
+
 /* Row `pos` of a prompt scores the token after it. */
 static void score_prompt(struct tb_step *st, const struct tb_step_row *o, const float *logits,
-                         const float *lse, float lp)
+                         float lp)
 {
     const struct tb_sampling *s = o->q->s;
     const struct tb_sample *r = s->req;
@@ -132,11 +157,6 @@ static void score_prompt(struct tb_step *st, const struct tb_step_row *o, const 
     bool wanted =
         !r->prompt_logprobs_last_n || o->pos + 1 >= r->n_prompt - r->prompt_logprobs_last_n;
     if (out->prompt_logprobs && wanted) out->prompt_logprobs[at + 1] = lp;
-    if (out->topk_prompt_ids) {
-        size_t k = (size_t)r->topk_prompt_logprobs;
-        topk_row(st, logits, lse, (int)k, out->topk_prompt_ids + (at + 1) * k,
-                 out->topk_prompt_logprobs + (at + 1) * k);
-    }
     if (out->target_prompt_logprobs) {
         size_t K = (size_t)r->target_prompt_logprobs.shape[1];
         for (size_t j = 0; j < K; j++)
@@ -158,61 +178,131 @@ static void score_prompt(struct tb_step *st, const struct tb_step_row *o, const 
     }
 }
 
-/* The end of a prompt with several samples: one draw each from the same row. */
-static void first_draws(struct tb_step *st, struct tb_sampling *s, const float *logits,
-                        const float *lse)
+/* Row `row` of the block is the end of a prompt with several samples: one draw each. */
+static void first_draws(struct tb_step *st, struct tb_sampling *s, const float *logits, int row,
+                        float *copy)
 {
     const struct tb_backend_ops *ops = st->m->be->ops;
     int V = st->m->cfg.vocab;
+    if (s->req->topk_sample_logprobs) take_tops(st, logits - (size_t)row * (size_t)V, row, row + 1);
     for (int i = 0; i < s->req->n_samples && !s->done; i++) {
         struct tb_draw d = draw_of(&s->seqs[i]);
+        const float *from = logits;
         int32_t token = 0;
         float scratch, lp;
-        if (tb_step_edits_logits(s->req))
-            draw_edited(st, &s->seqs[i], logits, &d, &token);
-        else
-            ops->draw(st->m->be, logits, 1, V, V, &d, &token);
+        if (tb_step_edits_logits(s->req)) {
+            if (!make_edited(st, &s->seqs[i], logits, copy)) return;
+            from = copy;
+        }
+        ops->draw(st->m->be, from, 1, V, V, &d, &token);
         ops->logprobs(st->m->be, logits, 1, V, V, &token, 1, &scratch, &lp);
-        accept(st, &s->seqs[i], token, lp, logits, lse);
+        accept(st, &s->seqs[i], token, lp, row);
+    }
+}
+
+/* ---- a block's rows that draw one token each: [d0, d1). spare: memory behind the block's rows for
+ * n_spare changed copies, one at least. */
+
+static void draw_plain(struct tb_step *st, const float *logits, int i0, int i1)
+{
+    size_t V = (size_t)st->m->cfg.vocab;
+    if (i1 > i0)
+        st->m->be->ops->draw(st->m->be, logits + (size_t)i0 * V, i1 - i0, (int)V, (int)V,
+                             st->draws + i0, st->drawn + i0);
+}
+
+/* From changed copies; those of ops that have failed draw in vain. */
+static void draw_edited(struct tb_step *st, const struct tb_step_row *out, const float *logits,
+                        int i0, int i1, float *spare)
+{
+    const struct tb_backend_ops *ops = st->m->be->ops;
+    size_t V = (size_t)st->m->cfg.vocab;
+    for (int i = i0; i < i1; i++) {
+        const float *row = logits + (size_t)i * V;
+        float *copy = spare + (size_t)(i - i0) * V;
+        if (out[i].q->s->done || !make_edited(st, out[i].q, row, copy))
+            ops->copy(st->m->be, copy, row, V * sizeof(*row));
+    }
+    ops->draw(st->m->be, spare, i1 - i0, (int)V, (int)V, st->draws + i0, st->drawn + i0);
+}
+
+/* Rows as much alike as can be drawn at once. */
+static void draw_rows(struct tb_step *st, const struct tb_step_row *out, const float *logits,
+                      int d0, int d1, float *spare, int n_spare)
+{
+    for (int i = d0, j; i < d1; i = j) {
+        bool edited = tb_step_edits_logits(out[i].q->s->req);
+        for (j = i + 1; j < d1 && tb_step_edits_logits(out[j].q->s->req) == edited; j++)
+            if (edited && j - i == n_spare) break;
+        if (edited)
+            draw_edited(st, out, logits, i, j, spare);
+        else
+            draw_plain(st, logits, i, j);
+    }
+}
+
+/* ---- the best tokens, of rows next to each other at once */
+
+static bool counts(const struct tb_step *st, const struct tb_step_row *o, int i)
+{
+    return !o->q->s->done && isfinite(st->lse[i]);
+}
+
+static void score_top_rows(struct tb_step *st, const struct tb_step_row *out, const float *logits,
+                           int n)
+{
+    for (int i = 0, j; i < n; i = j) {
+        const struct tb_seq *q = out[i].q;
+        j = i + 1;
+        if (!q->s->req->topk_prompt_logprobs || !counts(st, &out[i], i)) continue;
+        while (j < n && out[j].q == q && out[j].pos == out[i].pos + j - i && counts(st, &out[j], j))
+            j++;
+        score_tops(st, &out[i], logits, i, j);
+    }
+}
+
+static void take_top_rows(struct tb_step *st, const struct tb_step_row *out, const float *logits,
+                          int d0, int d1)
+{
+    for (int i = d0, j; i < d1; i = j) {
+        for (j = i; j < d1 && out[j].q->s->req->topk_sample_logprobs && counts(st, &out[j], j); j++)
+            ;
+        take_tops(st, logits, i, j);
+        if (j == i) j++;
     }
 }
 
 void tb_step_block(struct tb_step *st, struct tb_pass *p, int from, int n)
 {
     const struct tb_backend_ops *ops = st->m->be->ops;
-    int V = st->m->cfg.vocab;
+    const struct tb_step_row *out = st->out + from;
+    int V = st->m->cfg.vocab, n_spare = st->m->head_rows + 1 - n;
+    float *spare = p->logits + (size_t)n * (size_t)V; /* behind the block's rows: one at least */
     /* The block's rows [d0, d1) draw one token each. */
     int d0 = TB_MIN(TB_MAX(st->n_score - from, 0), n);
     int d1 = TB_MIN(TB_MAX(st->n_score + st->n_single - from, 0), n);
     tb_head_logits(p, from, n);
+    for (int i = 0; i < d0; i++)
+        st->drawn[i] = out[i].q->s->req->prompt[out[i].pos + 1];
     for (int i = d0; i < d1; i++)
-        st->draws[i] = draw_of(st->out[from + i].q);
-    if (d1 > d0)
-        ops->draw(st->m->be, p->logits + (size_t)d0 * (size_t)V, d1 - d0, V, V, st->draws + d0,
-                  st->drawn + d0);
-    for (int i = d0; i < d1; i++) {
-        const struct tb_seq *q = st->out[from + i].q;
-        if (tb_step_edits_logits(q->s->req) && !q->s->done)
-            draw_edited(st, q, p->logits + (size_t)i * (size_t)V, &st->draws[i], &st->drawn[i]);
-    }
-    for (int i = 0; i < d0; i++) {
-        const struct tb_step_row *o = &st->out[from + i];
-        st->drawn[i] = o->q->s->req->prompt[o->pos + 1];
-    }
+        st->draws[i] = draw_of(out[i].q);
+    draw_rows(st, out, p->logits, d0, d1, spare, n_spare);
     for (int i = d1; i < n; i++)
         st->drawn[i] = -1;
     ops->logprobs(st->m->be, p->logits, n, V, V, st->drawn, 1, st->lse, st->lp);
+    score_top_rows(st, out, p->logits, d0);
+    take_top_rows(st, out, p->logits, d0, d1);
     for (int i = 0; i < n; i++) {
-        struct tb_step_row *o = &st->out[from + i];
+        struct tb_sampling *s = out[i].q->s;
         const float *row = p->logits + (size_t)i * (size_t)V;
-        if (o->q->s->done || st->m->be->lost) continue;
+        if (s->done || st->m->be->lost) continue;
         if (!isfinite(st->lse[i]))
-            tb_sampling_fail(o->q->s, TB_ENONFINITE, "the model's logits are not finite");
+            tb_sampling_fail(s, TB_ENONFINITE, "the model's logits are not finite");
         else if (i < d0)
-            score_prompt(st, o, row, &st->lse[i], st->lp[i]);
+            score_prompt(st, &out[i], row, st->lp[i]);
         else if (i < d1)
-            accept(st, o->q, st->drawn[i], st->lp[i], row, &st->lse[i]);
+            accept(st, out[i].q, st->drawn[i], st->lp[i], i);
         else
-            first_draws(st, o->q->s, row, &st->lse[i]);
+            first_draws(st, s, row, i, spare);
     }
 }

@@ -23,11 +23,10 @@ static int by_version(const void *a, const void *b)
 static int alloc_edits(struct tb_step *st)
 {
     size_t V = (size_t)st->m->cfg.vocab;
-    st->edit_row = st->m->be->ops->alloc(st->m->be, V * sizeof(*st->edit_row));
     st->edits = tb_try_malloc(V * sizeof(*st->edits));
     st->edit_at = tb_try_calloc(V, sizeof(*st->edit_at));
     st->allow = tb_try_malloc((V / 64 + 1) * sizeof(*st->allow));
-    return st->edit_row && st->edits && st->edit_at && st->allow ? 0 : TB_ENOMEM;
+    return st->edits && st->edit_at && st->allow ? 0 : TB_ENOMEM;
 }
 
 static int alloc_step(struct tb_step *st)
@@ -38,6 +37,7 @@ static int alloc_step(struct tb_step *st)
         st->edits_logits |= st->entries[i].last && tb_step_edits_logits(r);
         k = TB_MAX(k, (size_t)r->topk_prompt_logprobs);
         k = TB_MAX(k, (size_t)r->topk_sample_logprobs);
+        st->top = TB_MAX(st->top, TB_MIN(r->topk_sample_logprobs, st->m->cfg.vocab));
         k = TB_MAX(k, (size_t)r->prompt_alt_tokens_k);
         if (r->has_target_prompt_logprobs)
             k = TB_MAX(k, (size_t)r->target_prompt_logprobs.shape[1]);
@@ -54,20 +54,21 @@ static int alloc_step(struct tb_step *st)
     st->lp = tb_try_calloc(R, sizeof(*st->lp));
     st->k_ids = tb_try_calloc(k, sizeof(*st->k_ids));
     st->k_lps = tb_try_calloc(k, sizeof(*st->k_lps));
+    st->top_ids = tb_try_calloc(R * (size_t)st->top + 1, sizeof(*st->top_ids));
+    st->top_lps = tb_try_calloc(R * (size_t)st->top + 1, sizeof(*st->top_lps));
     bool ok = st->tokens && st->pos && st->seqs && st->lora && st->out_lora && st->out &&
-              st->draws && st->drawn && st->lse && st->lp && st->k_ids && st->k_lps;
+              st->draws && st->drawn && st->lse && st->lp && st->k_ids && st->k_lps &&
+              st->top_ids && st->top_lps;
     if (!ok) return TB_ENOMEM;
     return st->edits_logits ? alloc_edits(st) : 0;
 }
 
 static void free_step(struct tb_step *st)
 {
-    void *const all[] = {st->entries, st->tokens, st->pos,   st->seqs,  st->lora,    st->out_lora,
-                         st->out,     st->draws,  st->drawn, st->lse,   st->lp,      st->k_ids,
-                         st->k_lps,   st->fills,  st->turns, st->edits, st->edit_at, st->allow};
-    if (st->edit_row)
-        st->m->be->ops->free(st->m->be, st->edit_row,
-                             (size_t)st->m->cfg.vocab * sizeof(*st->edit_row));
+    void *const all[] = {st->entries,  st->tokens, st->pos,   st->seqs,    st->lora,
+                         st->out_lora, st->out,    st->draws, st->drawn,   st->lse,
+                         st->lp,       st->k_ids,  st->k_lps, st->top_ids, st->top_lps,
+                         st->fills,    st->turns,  st->edits, st->edit_at, st->allow};
     for (size_t i = 0; i < TB_ARRAY_LEN(all); i++)
         tb_free(all[i]);
 }

@@ -47,10 +47,12 @@ struct tb_step {
     struct tb_draw *draws; /* [head_rows] */
     int32_t *drawn;        /* [head_rows] */
     float *lse, *lp;       /* [head_rows] */
-    int32_t *k_ids;        /* [TB_MAX(k)] scratch */
+    int32_t *k_ids;        /* [most k] scratch */
     float *k_lps;
+    int top;          /* most of topk_sample_logprobs, and no more than the vocabulary; else 0 */
+    int32_t *top_ids; /* [head_rows, top]: the best of the rows that draw */
+    float *top_lps;
     bool edits_logits; /* some draw does; then there is also */
-    float *edit_row;   /* device [vocab]: a row's copy to change */
     struct tb_logit_edit *edits;
     int32_t *edit_at; /* [vocab]: 1 + an id's place in edits, or 0 */
     uint64_t *allow;  /* [vocab / 64 + 1] */

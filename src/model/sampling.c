@@ -12,8 +12,6 @@
 #include "util/limits.h"
 #include "util/mem.h"
 
-#define TB_NO_LOGPROB (-99999.0f) /* padding of top-k cells */
-
 /* ---- validation */
 
 static int check_tokens(const struct tb_model *m, const struct tb_sample *r, struct tb_error *err)

@@ -11,6 +11,8 @@
 
 #include "model/internal.h"
 
+#define TB_NO_LOGPROB (-99999.0f) /* padding of top-k cells */
+
 enum tb_seq_state {
     TB_SEQ_WAITING, /* holds no pages; all its tokens are to be computed (again) */
     TB_SEQ_RUNNING,

@@ -17,6 +17,10 @@ static void same_sequences(const struct tb_op *x, const struct tb_op *y)
         assert_int_equal(a->stopped, b->stopped);
         assert_memory_equal(a->tokens, b->tokens, (size_t)a->n * 4);
         assert_memory_equal(a->logprobs, b->logprobs, (size_t)a->n * 4);
+        size_t cells = (size_t)a->n * (size_t)x->u.sample.topk_sample_logprobs;
+        if (cells == 0) continue;
+        assert_memory_equal(a->topk_ids, b->topk_ids, cells * 4);
+        assert_memory_equal(a->topk_logprobs, b->topk_logprobs, cells * 4);
     }
 }
 
@@ -158,6 +162,55 @@ static void test_seeds_and_preemption(void **state)
         tb_model_free(big);
         tb_model_free(tight);
     }
+}
+
+static struct tb_op *changed(const struct shape *s, int i)
+{
+    int32_t prompt[30];
+    int n = 3 + 2 * i;
+    random_tokens(prompt, n, s->vocab, 70 + (uint64_t)i);
+    struct tb_op *op = filtered(prompt, n, 12, 5 + (uint64_t)i, i % 5 ? 1 : 3);
+    struct tb_sample *q = &op->u.sample;
+    q->topk_sample_logprobs = i % 4 * 2;
+    q->topk_prompt_logprobs = i % 3;
+    if (i % 3 != 1) q->repetition_penalty = 1.3f;
+    if (i % 6 == 2) q->presence_penalty = 0.7f;
+    return op;
+}
+
+/* Samples that draw from changed rows beside others that do not, with lists of different length of
+ * the best tokens: each as alone, whatever the blocks of logits hold beside them. */
+static void test_changed_rows(void **state)
+{
+    (void)state;
+    enum { N = 12 };
+    const struct shape *s = &shapes[0];
+    const size_t row = (size_t)s->vocab * 4;
+    const struct tb_model_options o[3] = {{0}, {.logits_bytes = 5 * row}, {.logits_bytes = row}};
+    struct tb_op *alone[N], *load[N];
+    for (int k = 0; k < 3; k++) {
+        struct tb_model *m = open_model(backend_f32(), s, &o[k]);
+        for (int i = 0; i < N; i++) {
+            load[i] = changed(s, i);
+            if (k) continue;
+            alone[i] = changed(s, i);
+            run_samples(m, NULL, &alone[i], 1, 1000);
+        }
+        run_samples(m, NULL, load, N, 40);
+        for (int i = 0; i < N; i++) {
+            size_t cells = (size_t)(3 + 2 * i) * (size_t)(i % 3);
+            const struct tb_result *x = &alone[i]->result, *y = &load[i]->result;
+            same_sequences(alone[i], load[i]);
+            if (cells) {
+                assert_memory_equal(x->topk_prompt_ids, y->topk_prompt_ids, cells * 4);
+                assert_memory_equal(x->topk_prompt_logprobs, y->topk_prompt_logprobs, cells * 4);
+            }
+            tb_op_destroy(load[i]);
+        }
+        tb_model_free(m);
+    }
+    for (int i = 0; i < N; i++)
+        tb_op_destroy(alone[i]);
 }
 
 /* The draws follow the filtered distribution: top_k 1 and T 0 are greedy, top_k 2 draws from two.
@@ -925,21 +978,14 @@ static void test_give_up(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_agreement),
-        cmocka_unit_test(test_seeds_and_preemption),
-        cmocka_unit_test(test_filters),
-        cmocka_unit_test(test_stops),
-        cmocka_unit_test(test_prompt_outputs),
-        cmocka_unit_test(test_validation),
-        cmocka_unit_test(test_room),
-        cmocka_unit_test(test_out_of_memory),
-        cmocka_unit_test(test_token_filter),
-        cmocka_unit_test(test_penalties),
-        cmocka_unit_test(test_edits_in_company),
-        cmocka_unit_test(test_progress),
-        cmocka_unit_test(test_fair_prefill),
-        cmocka_unit_test(test_fair_tenants),
-        cmocka_unit_test(test_give_up),
+        cmocka_unit_test(test_agreement),     cmocka_unit_test(test_seeds_and_preemption),
+        cmocka_unit_test(test_changed_rows),  cmocka_unit_test(test_filters),
+        cmocka_unit_test(test_stops),         cmocka_unit_test(test_prompt_outputs),
+        cmocka_unit_test(test_validation),    cmocka_unit_test(test_room),
+        cmocka_unit_test(test_out_of_memory), cmocka_unit_test(test_token_filter),
+        cmocka_unit_test(test_penalties),     cmocka_unit_test(test_edits_in_company),
+        cmocka_unit_test(test_progress),      cmocka_unit_test(test_fair_prefill),
+        cmocka_unit_test(test_fair_tenants),  cmocka_unit_test(test_give_up),
     };
     return cmocka_run_group_tests_name("model sampling", tests, NULL, teardown);
 }
