@@ -72,8 +72,9 @@ static int open_device(struct tb_cuda *c, int device, struct tb_error *err)
     int n = 0;
     cudaError_t e = cudaGetDeviceCount(&n);
     if (e || n == 0)
-        return tb_error_set(err, TB_EUNSUPPORTED, "no CUDA device can be used: %s",
-                            cudaGetErrorString(e ? e : cudaErrorNoDevice));
+        return tb_error_set(err, TB_EUNSUPPORTED, "no CUDA device can be used: %s%s",
+                            cudaGetErrorString(e ? e : cudaErrorNoDevice),
+                            e == cudaErrorInsufficientDriver ? ", or there is no driver" : "");
     c->device = device;
     if (device < 0 || device >= n)
         return tb_error_set(err, TB_EINVAL, "there is no CUDA device %d; there %s %d, from 0",
