@@ -6,30 +6,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "../unit/model/helper.h"
-#include "cuda/cuda.h"
-#include "emu.h"
-#include "engine/engine.h"
-#include "util/mem.h"
-
-/* In the place of the module's loading: the backend is linked into the test. */
-int tb_module_create(struct tb_backend **out, const struct tb_backend_options *options,
-                     struct tb_error *err);
-int tb_module_create(struct tb_backend **out, const struct tb_backend_options *options,
-                     struct tb_error *err)
-{
-    return tb_backend_cuda_create(out, options, err);
-}
+#include "engine_fixture.h"
 
 enum { N_MODELS = 3 };
-
-struct fixture {
-    uv_loop_t loop;
-    struct tb_engine *engine;
-    char *dir;
-    int open;
-    bool closed;
-};
 
 static struct tb_engine_options options_of(struct tb_engine_model models[N_MODELS], const char *dir,
                                            const int *devices, int n_devices)
@@ -52,55 +31,15 @@ static void open_engine(struct fixture *f, const int *devices, int n_devices)
     struct tb_engine_model models[N_MODELS];
     f->dir = random_model(&shapes[1], 4, 0.2f);
     struct tb_engine_options o = options_of(models, f->dir, devices, n_devices);
-    uv_loop_init(&f->loop);
-    CHECK_OK(tb_engine_create(&f->engine, &f->loop, &o, &check_err));
-}
-
-static void on_closed(void *arg)
-{
-    ((struct fixture *)arg)->closed = true;
-}
-
-static void close_engine(struct fixture *f)
-{
-    tb_engine_close(f->engine, on_closed, f);
-    uv_run(&f->loop, UV_RUN_DEFAULT);
-    assert_true(f->closed);
-    assert_int_equal(uv_loop_close(&f->loop), 0);
-    remove_dir(f->dir);
-}
-
-static void on_done(struct tb_task *t)
-{
-    ((struct fixture *)t->arg)->open--;
+    CHECK_OK(create_engine(f, &o, &check_err));
 }
 
 static struct tb_task *submit(struct fixture *f, enum tb_task_type type, int model,
                               struct tb_op *op)
 {
-    struct tb_task *t = tb_task_create(type);
+    struct tb_task *t = make_task(f, type, 10 + (uint64_t)model, 20 + (uint64_t)model, 5, op);
     t->model = model;
-    t->adapter_id = 10 + (uint64_t)model;
-    t->version_id = 20 + (uint64_t)model;
-    t->lora = (struct tb_lora_config){.rank = 3,
-                                      .alpha = 8,
-                                      .has_seed = true,
-                                      .seed = 5,
-                                      .train_attn = true,
-                                      .train_mlp = true,
-                                      .train_unembed = true};
-    t->op = op;
-    t->cb = on_done;
-    t->arg = f;
-    f->open++;
-    tb_engine_submit(f->engine, t);
-    return t;
-}
-
-static void wait_all(struct fixture *f)
-{
-    while (f->open)
-        uv_run(&f->loop, UV_RUN_ONCE);
+    return submit_task(f, t);
 }
 
 static int code_of(struct tb_task *t)
@@ -111,12 +50,6 @@ static int code_of(struct tb_task *t)
         assert_int_equal(tb_error_category(code), TB_CAT_SERVER);
     }
     return code;
-}
-
-static void drop(struct tb_task *t)
-{
-    tb_op_destroy(t->op);
-    tb_task_destroy(t);
 }
 
 struct answers {

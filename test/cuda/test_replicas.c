@@ -6,30 +6,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "../unit/model/helper.h"
-#include "cuda/cuda.h"
-#include "emu.h"
-#include "engine/engine.h"
-#include "util/mem.h"
-
-/* In the place of the module's loading: the backend is linked into the test. */
-int tb_module_create(struct tb_backend **out, const struct tb_backend_options *options,
-                     struct tb_error *err);
-int tb_module_create(struct tb_backend **out, const struct tb_backend_options *options,
-                     struct tb_error *err)
-{
-    return tb_backend_cuda_create(out, options, err);
-}
+#include "engine_fixture.h"
 
 enum { N_TENANTS = 5, PROMPT = 6, DRAWN = 9 };
-
-struct fixture {
-    uv_loop_t loop;
-    struct tb_engine *engine;
-    uint64_t memory;
-    int open;
-    bool closed;
-};
 
 static const int device_numbers[] = {0, 1, 2};
 static char *model_dir;
@@ -46,8 +25,7 @@ static int create(struct fixture *f, int n_devices, uint64_t mirror_tokens, stru
                                   .mirror_tokens = mirror_tokens,
                                   .devices = device_numbers,
                                   .n_devices = n_devices};
-    uv_loop_init(&f->loop);
-    return tb_engine_create(&f->engine, &f->loop, &o, err);
+    return create_engine(f, &o, err);
 }
 
 static void open_engine(struct fixture *f, int n_devices, uint64_t mirror_tokens)
@@ -57,59 +35,10 @@ static void open_engine(struct fixture *f, int n_devices, uint64_t mirror_tokens
     if (create(f, n_devices, mirror_tokens, &err)) fail_msg("%s", err.msg);
 }
 
-static void on_closed(void *arg)
-{
-    ((struct fixture *)arg)->closed = true;
-}
-
-static void close_engine(struct fixture *f)
-{
-    tb_engine_close(f->engine, on_closed, f);
-    uv_run(&f->loop, UV_RUN_DEFAULT);
-    assert_true(f->closed);
-    assert_int_equal(f->open, 0);
-    assert_int_equal(uv_loop_close(&f->loop), 0);
-}
-
-static void on_done(struct tb_task *t)
-{
-    ((struct fixture *)t->arg)->open--;
-    t->cb = NULL; /* for finish_ok */
-}
-
 static struct tb_task *submit(struct fixture *f, enum tb_task_type type, uint64_t adapter,
                               uint64_t version, struct tb_op *op)
 {
-    struct tb_task *t = tb_task_create(type);
-    t->adapter_id = adapter;
-    t->version_id = version;
-    t->lora = (struct tb_lora_config){.rank = 3,
-                                      .alpha = 8,
-                                      .has_seed = true,
-                                      .seed = adapter,
-                                      .train_attn = true,
-                                      .train_mlp = true,
-                                      .train_unembed = true};
-    t->op = op;
-    t->cb = on_done;
-    t->arg = f;
-    f->open++;
-    tb_engine_submit(f->engine, t);
-    return t;
-}
-
-static void wait_all(struct fixture *f)
-{
-    while (f->open)
-        uv_run(&f->loop, UV_RUN_ONCE);
-}
-
-static int drop(struct tb_task *t)
-{
-    int code = tb_task_error(t)->code;
-    tb_op_destroy(t->op);
-    tb_task_destroy(t);
-    return code;
+    return submit_task(f, make_task(f, type, adapter, version, adapter, op));
 }
 
 /* It must have gone well. */

@@ -6,33 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "../unit/model/helper.h"
-#include "backend/cpu/cpu.h"
-#include "engine/engine.h"
-#include "util/mem.h"
-#ifndef TB_NO_CUDA
-#    include "cuda/cuda.h"
-#    include "emu.h"
-#endif
-
-/* In the place of the module's loading: the backend is linked into the test. */
-int tb_module_create(struct tb_backend **out, const struct tb_backend_options *options,
-                     struct tb_error *err);
-int tb_module_create(struct tb_backend **out, const struct tb_backend_options *options,
-                     struct tb_error *err)
-{
-#ifndef TB_NO_CUDA
-    return tb_backend_cuda_create(out, options, err);
-#else
-    static struct tb_backend_ops ops; /* the same for all */
-    int rc = tb_backend_cpu_create(out, options, err);
-    if (rc) return rc;
-    ops = *(*out)->ops;
-    ops.name = "cuda";
-    (*out)->ops = &ops;
-    return 0;
-#endif
-}
+#include "engine_fixture.h"
 
 enum { MOST_DEVICES = 4, N_ADAPTERS = 2, SHAPE = 1 };
 #ifdef TB_NO_CUDA
@@ -42,14 +16,6 @@ enum { CLOSE_STEP = 5 }; /* the emulation is slow */
 #endif
 
 static int n_devices = MOST_DEVICES;
-
-struct fixture {
-    uv_loop_t loop;
-    struct tb_engine *engine;
-    char *dir;
-    int open;
-    bool closed;
-};
 
 static void open_engine(struct fixture *f, int n)
 {
@@ -65,62 +31,16 @@ static void open_engine(struct fixture *f, int n)
                                   .devices = devices,
                                   .n_devices = n,
                                   .shard_tokens = 30};
-    uv_loop_init(&f->loop);
-    CHECK_OK(tb_engine_create(&f->engine, &f->loop, &o, &check_err));
-}
-
-static void on_closed(void *arg)
-{
-    ((struct fixture *)arg)->closed = true;
-}
-
-static void close_engine(struct fixture *f)
-{
-    tb_engine_close(f->engine, on_closed, f);
-    uv_run(&f->loop, UV_RUN_DEFAULT);
-    assert_true(f->closed);
-    assert_int_equal(f->open, 0);
-    assert_int_equal(uv_loop_close(&f->loop), 0);
-    remove_dir(f->dir);
-}
-
-static void on_done(struct tb_task *t)
-{
-    ((struct fixture *)t->arg)->open--;
+    CHECK_OK(create_engine(f, &o, &check_err));
 }
 
 static struct tb_task *submit(struct fixture *f, enum tb_task_type type, int adapter,
                               struct tb_op *op)
 {
-    struct tb_task *t = tb_task_create(type);
-    t->adapter_id = 10 + (uint64_t)adapter;
-    t->version_id = 20 + (uint64_t)adapter;
-    t->lora = (struct tb_lora_config){.rank = 3,
-                                      .alpha = 8,
-                                      .has_seed = true,
-                                      .seed = 5 + (uint64_t)adapter,
-                                      .train_attn = true,
-                                      .train_mlp = true,
-                                      .train_unembed = true};
-    t->op = op;
-    t->cb = on_done;
-    t->arg = f;
+    uint64_t id = (uint64_t)adapter;
+    struct tb_task *t = make_task(f, type, 10 + id, 20 + id, 5 + id, op);
     t->with_optimizer = type == TB_TASK_EXPORT;
-    f->open++;
-    tb_engine_submit(f->engine, t);
-    return t;
-}
-
-static void wait_all(struct fixture *f)
-{
-    while (f->open)
-        uv_run(&f->loop, UV_RUN_ONCE);
-}
-
-static void drop(struct tb_task *t)
-{
-    tb_op_destroy(t->op);
-    tb_task_destroy(t);
+    return submit_task(f, t);
 }
 
 static void create(struct fixture *f, int adapter)
