@@ -144,10 +144,9 @@ static enum admission admit(struct tb_model *m, struct tb_seq *q, int n_running)
 
 /* ---- weights */
 
-/* Buffers of a step of T rows. */
 static size_t step_bytes(struct tb_model *m, int T, int ru)
 {
-    return tb_pass_bytes(m, TB_PASS_INFER, false, T, ru) + (size_t)m->cfg.vocab * sizeof(float);
+    return tb_pass_bytes(m, TB_PASS_INFER, false, T, ru);
 }
 
 static bool holds_pages(const struct tb_sampling *s)

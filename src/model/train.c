@@ -8,7 +8,6 @@
  */
 #include "model/train.h"
 
-#include <stdio.h>
 #include <string.h>
 
 #include "model/custom/graph.h"
